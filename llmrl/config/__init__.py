@@ -1,0 +1,1 @@
+"""Recipes: pydantic models, one file a concern."""

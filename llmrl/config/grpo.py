@@ -1,0 +1,76 @@
+"""The GRPO recipe. A preset names a value for each axis; any axis can be overridden by its own key."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmrl.config.data import DataFields
+from llmrl.config.model import ModelFields
+from llmrl.config.presets import GRPO_PRESETS
+from llmrl.config.reward import RewardFields
+from llmrl.config.rollout import RolloutSettings, SamplingFields
+from llmrl.config.train import TrainFields
+
+_GRPO = GRPO_PRESETS["grpo"]
+
+
+class GRPOConfig(ModelFields, DataFields, RewardFields, SamplingFields, TrainFields):
+    """KL-regularised group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) and its critic-free relatives."""
+
+    preset: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    learning_rate: float = Field(1e-6, ge=0)
+    num_generations: int = Field(8, ge=1, description="completions a prompt")
+    rollout: RolloutSettings = RolloutSettings()
+    num_iterations: int = Field(1, ge=1, description="passes over the rollouts of one step")
+
+    # the axes: a preset sets them, a key of the recipe overrides the preset
+    scale_rewards: Literal["group", "batch", "none"] = _GRPO["scale_rewards"]
+    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = _GRPO["aggregation"]
+    beta: float = Field(_GRPO["beta"], ge=0, description="weight of the KL to the reference in the loss; 0 loads no reference")
+    kl_estimator: Literal["k1", "k2", "k3"] = _GRPO["kl_estimator"]
+    epsilon: float = Field(_GRPO["epsilon"], gt=0)
+    epsilon_high: float | None = Field(_GRPO["epsilon_high"], gt=0)
+    delta: float | None = Field(_GRPO["delta"], gt=1, description="upper bound of the ratio, both signs of the advantage (two-sided clip)")
+    dual_clip: float | None = Field(_GRPO["dual_clip"], gt=1, description="c of dual-clip PPO: bounds the loss at negative advantages")
+    importance_sampling_level: Literal["token", "sequence"] = _GRPO["importance_sampling_level"]
+    group_filter: Literal["none", "drop_zero_std"] = _GRPO["group_filter"]
+    truncated_completions: Literal["keep", "mask", "zero_reward"] = _GRPO["truncated_completions"]
+
+    entropy_coef: float = 0.0
+    top_entropy_quantile: float = Field(1.0, gt=0, le=1, description="share of tokens, by entropy, that get a gradient")
+    use_bias_correction_kl: bool = Field(False, description="multiply the KL term by the ratio (TRL's default)")
+    max_refills: int = Field(4, ge=0, description="extra sampling rounds when group_filter dropped groups")
+    importance_correction: Literal["none", "token_truncate"] = Field(
+        "none", description="weight by min(old / sampled, cap) a token, for engines whose log-probs differ from the trainer's"
+    )
+    importance_cap: float = Field(2.0, gt=0)
+    max_logprob_gap: float | None = Field(
+        None, gt=0, description="stop when mean |sampled - recomputed| exceeds this; default 1e-3 in float32, none in bf16"
+    )
+
+    eval_num_generations: int = Field(1, ge=1)
+    eval_temperature: float = Field(0.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            name = data.get("preset", "grpo")
+            if name in GRPO_PRESETS:
+                return {**GRPO_PRESETS[name], **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_p < 1 or self.top_k > 0 or self.min_p > 0:
+            raise ValueError(
+                "top_p < 1, top_k > 0 or min_p > 0 sample from a part of the vocabulary, but training log-probs are over all of it: "
+                "the importance ratio would be biased. Use temperature alone for training (evaluation takes all four)"
+            )
+        if self.temperature == 0:
+            raise ValueError("temperature 0 gives every group equal completions, so no advantage; use a temperature above 0")
+        if self.num_generations < 2 and self.scale_rewards != "none":
+            raise ValueError(f"num_generations {self.num_generations} makes no group to compare with; use at least 2")
+        return self

@@ -1,0 +1,23 @@
+"""The SFT recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmrl.config.data import DataFields
+from llmrl.config.model import ModelFields
+from llmrl.config.train import TrainFields
+
+
+class SFTConfig(ModelFields, DataFields, TrainFields):
+    """Supervised fine-tuning: negative log-likelihood of the supervised tokens, averaged over all of them in an update."""
+
+    learning_rate: float = Field(2e-5, ge=0)
+    max_length: int | None = Field(None, ge=2, description="tokens; default: what the model can take")
+    train_on: Literal["completion", "all"] = Field(
+        "completion", description="completion: the answer, or the assistant's turns; all: every token"
+    )
+    loss_type: Literal["nll", "dft"] = "nll"
+    dataset_num_proc: int | None = Field(None, ge=1)

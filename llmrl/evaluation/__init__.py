@@ -1,0 +1,1 @@
+"""Accuracy with its uncertainty, by the scorers that training uses."""

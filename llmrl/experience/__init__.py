@@ -1,0 +1,1 @@
+"""Sample, score, filter, refill: what every RL trainer shares."""

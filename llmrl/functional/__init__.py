@@ -1,0 +1,1 @@
+"""Pure tensor maths. Imports torch only."""

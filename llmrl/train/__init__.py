@@ -1,0 +1,1 @@
+"""The training backend: devices, optimizer, checkpoints, metrics, the run directory."""

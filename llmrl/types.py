@@ -1,0 +1,176 @@
+"""The nouns that the folders hand to each other.
+
+Nothing here imports torch, numpy or transformers at run time, so that reward workers start in milliseconds.
+Shapes: T tokens of a packed batch, N sequences in it, L tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Messages = list[dict[str, Any]]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a completion is sampled from.
+
+    `text` is what the user's data held: a string, or a list of messages when the row is conversational; reward functions
+    get it as it is. `ids` are the rendered tokens. `columns` are the other columns of the row, forwarded to reward functions.
+
+    Example: Prompt(id="gsm8k/train/00000", ids=(1, 50, 7), text="2+3=", columns={"answer": "5"})
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    text: str | Messages
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Token ids as the engine sampled them (the stop token included), never re-tokenised.
+
+    `sampled_logprobs[i]` is the natural log-probability of `ids[i]` under the distribution that was sampled from
+    (temperature and any top-k/top-p/min-p mask applied). `finish_reason` is "length" exactly when the token limit cut it.
+    `version` is the weight version that sampled it. `text` is the decoded answer without special tokens.
+    """
+
+    ids: tuple[int, ...]
+    sampled_logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    text: str
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt with one of its completions; `index` is the sample's number in its group, from 0."""
+
+    prompt: Prompt
+    completion: Completion
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with its rewards.
+
+    `parts` holds every reward function's own value by name (None: it did not apply, or it failed and the policy is `skip`).
+    `reward` is the combined value, None when every part is None. `outcomes` says per function what happened:
+    "score", "not-applicable", "malformed", "timeout" or "error".
+    """
+
+    rollout: Rollout
+    reward: float | None
+    parts: Mapping[str, float | None]
+    outcomes: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled. temperature 0 is greedy. Randomness is keyed by (seed, step, prompt id, sample index)."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    step: int = 0
+
+    @property
+    def truncated_support(self) -> bool:
+        """True when the sampler renormalises over a part of the vocabulary, which training log-probs do not."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised sequence for training, on the host.
+
+    `loss_mask[t]` is True when the log-prob *of* token t enters the loss; it is False at t = 0, which nothing predicts.
+    `payload[name][t]` belongs to token t as well. Examples of one `unit` stay in one microbatch.
+
+    Example: Example(input_ids=np.array([5, 6, 7], np.int32), loss_mask=np.array([False, True, True]), unit=0)
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    unit: int = 0
+    payload: Mapping[str, np.ndarray] = field(default_factory=dict)
+    id: str = ""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences laid end to end, without padding: what every forward sees.
+
+    input_ids [T] int64; position_ids [T] int64, restarting at 0; cu_seqlens [N+1] int32 on the device and, as
+    `cu_seqlens_host`, a tuple on the host; unit_ids [N] int64; loss_mask [T] bool; payload: name -> [T].
+    K below is the number of True in loss_mask; `select` and the log-probs of a forward are [K], in token order.
+
+    Example: documents [5, 6] and [7, 8, 9] give input_ids [5, 6, 7, 8, 9], position_ids [0, 1, 0, 1, 2], cu_seqlens [0, 2, 5].
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    cu_seqlens_host: tuple[int, ...]
+    max_seqlen: int
+    unit_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    payload: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.cu_seqlens_host[-1]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.cu_seqlens_host) - 1
+
+    def positions(self) -> torch.Tensor:
+        """[K] int64: the indices of the tokens that enter the loss."""
+        return self.loss_mask.nonzero().squeeze(-1)
+
+    def select(self, name: str) -> torch.Tensor:
+        """[K]: the payload of the tokens that enter the loss."""
+        return self.payload[name][self.loss_mask]
+
+    def sequence_of_positions(self) -> torch.Tensor:
+        """[K] int64: the sequence (0..N-1) that each selected token belongs to."""
+        import torch
+
+        return torch.bucketize(self.positions(), self.cu_seqlens[1:].to(torch.int64), right=True)
+
+
+class RolloutEngine(Protocol):
+    """Samples completions. `version` is the weight version that it samples with."""
+
+    version: int
+
+    def generate(self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling) -> list[list[Rollout]]:
+        """One group of `num_generations` rollouts a prompt, in the order of `prompts`."""
+        ...
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Samples with these weights from now on."""
+        ...
+
+
+class Judge(Protocol):
+    """Answers a grading prompt with text."""
+
+    def ask(self, messages: Messages) -> str: ...
