@@ -1,0 +1,106 @@
+"""What evaluation counts, with an engine and a scorer that answer from a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from llmrl.errors import DataError
+from llmrl.evaluation.runner import evaluate
+from llmrl.types import Completion, Prompt, Rollout, Sampling, ScoredRollout
+
+SAMPLING = Sampling(max_tokens=8, temperature=0.7)
+
+
+class Engine:
+    """Answers "1", "2", ... in turn; every third completion of a prompt is cut by the limit."""
+
+    version = 0
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, prompts, num_generations, sampling):
+        self.calls.append(len(prompts))
+        return [
+            [
+                Rollout(p, Completion((7,) * (i + 1), (-0.1,) * (i + 1), "length" if i % 3 == 2 else "stop", str(i)), i)
+                for i in range(num_generations)
+            ]
+            for p in prompts
+        ]
+
+
+class Scorer:
+    """Reward of prompt k: 1 for its first k completions, else 0; `broken` maps (prompt, sample) to an outcome without reward."""
+
+    def __init__(self, broken=()):
+        self.broken = dict(broken)
+
+    def score(self, rollouts, trainer_state=None):
+        out = []
+        for r in rollouts:
+            reason = self.broken.get((r.prompt.id, r.index), "score")
+            value = float(r.index < r.prompt.columns["k"]) if reason == "score" else None
+            out.append(ScoredRollout(r, value, {"f": value}, {"f": reason}))
+        return out
+
+
+def prompts(*ks):
+    return [Prompt(str(i), (1, 2), "q", {"k": k}) for i, k in enumerate(ks)]
+
+
+def test_counts_accuracy_pass_at_k_lengths_and_truncation():
+    engine = Engine()
+    result = evaluate(prompts(0, 1, 4, 2, 4), engine, Scorer(), n=4, sampling=SAMPLING, batch_size=2)
+    assert engine.calls == [2, 2, 1]
+    assert result.correct == [0, 1, 4, 2, 4]
+    assert result.accuracy == pytest.approx(11 / 20)
+    assert result.interval[0] < 11 / 20 < result.interval[1]
+    assert result.pass_at_k[4] == pytest.approx(4 / 5)
+    assert result.mean_length == pytest.approx(2.5)
+    assert result.truncation_rate == pytest.approx(1 / 4)
+    assert result.failures == {}
+    assert [row["id"] for row in result.rows] == ["0", "1", "2", "3", "4"]
+
+
+def test_scorer_failures_count_as_wrong_and_are_listed():
+    broken = {("0", 0): "timeout", ("0", 1): "error", ("1", 0): "not-applicable"}
+    result = evaluate(prompts(2, 2), Engine(), Scorer(broken), n=2, sampling=SAMPLING)
+    assert result.accuracy == pytest.approx(1 / 4)
+    assert result.failures == {"timeout": 1, "error": 1, "not-applicable": 1}
+    assert result.mean_reward == 1.0  # over the one completion that has a reward
+    assert result.metrics()["scorer_failures"] == 3
+
+
+def test_the_threshold_decides_what_is_right():
+    class Half(Scorer):
+        def score(self, rollouts, trainer_state=None):
+            return [replace(s, reward=0.5) for s in super().score(rollouts)]
+
+    assert evaluate(prompts(0, 0), Engine(), Half(), n=1, sampling=SAMPLING, threshold=0.5).accuracy == 1
+    assert evaluate(prompts(0, 0), Engine(), Half(), n=1, sampling=SAMPLING, threshold=0.6).accuracy == 0
+
+
+def test_processes_see_the_whole_result():
+    everything = prompts(0, 1, 2, 3)
+    whole = evaluate(everything, Engine(), Scorer(), n=3, sampling=SAMPLING)
+    other = evaluate(everything[1::2], Engine(), Scorer(), n=3, sampling=SAMPLING)
+    mine = evaluate(everything[::2], Engine(), Scorer(), n=3, sampling=SAMPLING, gather=lambda rows: [rows, other.rows])
+    assert mine.metrics() == whole.metrics()
+
+
+def test_results_are_json_with_settings_and_versions(tmp_path):
+    result = evaluate(prompts(1), Engine(), Scorer(), n=1, sampling=SAMPLING, settings={"model": "m", "data": "d"})
+    saved = json.loads(result.save(tmp_path / "new" / "r.json").read_text())
+    assert saved["model"] == "m" and saved["accuracy"] == 1.0 and saved["pass_at_k"] == {"1": 1.0}
+    assert 0 < saved["interval"][0] < saved["interval"][1] <= 1
+    assert saved["per_row"][0]["completions"] == ["0"]
+    assert {"llmrl", "torch"} <= set(saved["versions"])
+
+
+def test_no_problem_is_an_error():
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        evaluate([], Engine(), Scorer(), n=1, sampling=SAMPLING)
