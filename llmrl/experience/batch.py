@@ -1,0 +1,169 @@
+"""From scored rollouts to weighted training examples, and the numbers of a step that people watch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmrl.experience.collect import Experience, Gather
+from llmrl.functional.advantages import group_advantages
+from llmrl.functional.aggregate import token_weights
+from llmrl.types import Example, ScoredRollout
+
+GlobalSum = Callable[[Sequence[float]], Sequence[float]]
+
+
+def compute_advantages(experience: Experience, scale: str, gather: Gather) -> list[float]:
+    """One advantage a rollout of this process, in order (group mean as baseline; scale group, batch or none).
+
+    Rewards of all processes are gathered, so that the batch scale is that of the whole step.
+    """
+    local = [[g.index, [r.reward for r in g.rollouts]] for g in experience.groups]
+    everyone = sorted((pair for part in gather(local) for pair in part), key=lambda pair: pair[0])
+    rewards = [math.nan if r is None else float(r) for _, rs in everyone for r in rs]
+    groups = [g for g, rs in everyone for _ in rs]
+    if not rewards:
+        return []
+    values = group_advantages(
+        torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups, dtype=torch.int64), scale=scale
+    )
+    by_group: dict[int, list[float]] = {}
+    for g, a in zip(groups, values.tolist()):
+        by_group.setdefault(g, []).append(a)
+    return [a for group in experience.groups for a in by_group[group.index]]
+
+
+def to_example(scored: ScoredRollout, advantage: float, unit: int, *, mask_truncated: bool = False) -> Example:
+    """Prompt and completion end to end; the loss sees completion tokens only.
+
+    Payloads, zero on the prompt: `advantages`, `sampled_logprobs`. With `mask_truncated`, a completion that the token limit cut
+    has no token in the loss, and counts in no denominator (DAPO's overlong filtering, arXiv 2503.14476).
+    """
+    prompt, completion = scored.rollout.prompt.ids, scored.rollout.completion
+    n, length = len(prompt), len(prompt) + len(completion.ids)
+    loss_mask = np.zeros(length, dtype=bool)
+    loss_mask[n:] = not (mask_truncated and completion.finish_reason == "length")
+    advantages = np.zeros(length, dtype=np.float32)
+    advantages[n:] = advantage
+    sampled = np.zeros(length, dtype=np.float32)
+    sampled[n:] = completion.sampled_logprobs
+    return Example(
+        input_ids=np.asarray(prompt + completion.ids, dtype=np.int32),
+        loss_mask=loss_mask,
+        unit=unit,
+        payload={"advantages": advantages, "sampled_logprobs": sampled},
+        id=f"{scored.rollout.prompt.id}/{scored.rollout.index}",
+    )
+
+
+def with_payload(example: Example, **values: np.ndarray) -> Example:
+    """The example with further payloads, each [L]."""
+    return replace(example, payload={**example.payload, **values})
+
+
+def scatter(examples: Sequence[Example], selected: torch.Tensor) -> list[np.ndarray]:
+    """Takes [K] values at the loss positions of `examples`, in order, apart: one [L] array an example, 0 elsewhere."""
+    flat = selected.detach().cpu().numpy()
+    out, start = [], 0
+    for example in examples:
+        values = np.zeros(len(example), dtype=flat.dtype)
+        count = int(example.loss_mask.sum())
+        values[example.loss_mask] = flat[start : start + count]
+        out.append(values)
+        start += count
+    return out
+
+
+def weigh(examples: Sequence[Example], kind: str, constant: int, global_sum: GlobalSum) -> tuple[list[Example], float]:
+    """Adds the `weights` payload of one update and returns the number of loss tokens in it, over all processes.
+
+    `kind` is the aggregation; the denominators count the whole update over all processes, before anything is cut into
+    microbatches. `constant` is the L of Dr. GRPO (arXiv 2503.20783).
+    """
+    lengths = [int(e.loss_mask.sum()) for e in examples]
+    tokens, sequences = global_sum([float(sum(lengths)), float(sum(n > 0 for n in lengths))])
+    weights = token_weights(kind, lengths, total_tokens=tokens, total_sequences=sequences, constant=constant)
+    out = []
+    for example, weight in zip(examples, weights):
+        values = np.where(example.loss_mask, np.float64(weight), 0.0).astype(np.float32)
+        out.append(with_payload(example, weights=values))
+    return out, tokens
+
+
+def top_quantile_threshold(values: torch.Tensor, quantile: float, global_sum: GlobalSum) -> float:
+    """The largest t such that at least ceil(quantile * N) of all processes' values are >= t, by bisection on counts.
+
+    Bisection needs one small sum a round instead of gathering every token's value, and gives the same t on every process.
+    """
+    n = global_sum([float(values.numel())])[0]
+    want = math.ceil(quantile * n)
+    low, high = 0.0, 64.0  # entropies in nats: 0 to log of the vocabulary
+    for _ in range(60):
+        middle = (low + high) / 2
+        if global_sum([float((values >= middle).sum())])[0] >= want:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def rollout_metrics(rollouts: Iterable[ScoredRollout], names: Sequence[str], gather: Gather) -> dict[str, float]:
+    """Reward and length statistics of all processes' rollouts of a step, under TRL's metric names."""
+    local = [
+        [r.rollout.prompt.id, r.reward, len(r.rollout.completion.ids), r.rollout.completion.finish_reason == "length",
+         [r.parts.get(n) for n in names]]
+        for r in rollouts
+    ]  # fmt: skip
+    rows = [row for part in gather(local) for row in part]
+    if not rows:
+        return {}
+    lengths = [row[2] for row in rows]
+    rewards = [row[1] for row in rows if row[1] is not None]
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        if row[1] is not None:
+            groups.setdefault(row[0], []).append(row[1])
+    finished = [row[2] for row in rows if not row[3]]
+    metrics = {
+        "completions/mean_length": float(np.mean(lengths)),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(row[3] for row in rows) / len(rows),
+        "frac_reward_zero_std": float(np.mean([len(set(g)) == 1 for g in groups.values()])) if groups else 0.0,
+    }
+    if finished:
+        metrics["completions/mean_terminated_length"] = float(np.mean(finished))
+    if rewards:
+        metrics["reward"] = float(np.mean(rewards))
+        metrics["reward_std"] = float(np.mean([np.std(g, ddof=1) if len(g) > 1 else 0.0 for g in groups.values()]))
+    for i, name in enumerate(names):
+        values = [row[4][i] for row in rows if row[4][i] is not None]
+        if values:
+            metrics[f"rewards/{name}/mean"] = float(np.mean(values))
+            metrics[f"rewards/{name}/std"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return metrics
+
+
+def sample_rows(rollouts: Sequence[ScoredRollout], advantages: Sequence[float]) -> list[Mapping[str, Any]]:
+    """What `samples/step_*.jsonl` holds, a row a completion."""
+    return [
+        {
+            "prompt_id": r.rollout.prompt.id,
+            "prompt": r.rollout.prompt.text,
+            "completion": r.rollout.completion.text,
+            "reward": r.reward,
+            "parts": dict(r.parts),
+            "outcomes": dict(r.outcomes),
+            "advantage": a,
+            "length": len(r.rollout.completion.ids),
+            "finish_reason": r.rollout.completion.finish_reason,
+            "version": r.rollout.completion.version,
+            **({"extra": dict(r.extra)} if r.extra else {}),
+        }
+        for r, a in zip(rollouts, advantages)
+    ]
