@@ -1,0 +1,125 @@
+"""Examples -> microbatches -> `PackedBatch`: no padding, units kept whole, nothing depends on chance or arrival order."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmrl.errors import DataError
+from llmrl.types import Example, PackedBatch
+
+
+def cut(examples: Sequence[Example], tokens_per_microbatch: int) -> list[list[Example]]:
+    """Distributes examples over microbatches of at most `tokens_per_microbatch` tokens, cutting between units only.
+
+    Best-fit decreasing: units, longest first, each into the fullest microbatch that still has room (at most 11/9 of the
+    fewest possible, plus one; Johnson et al. 1974). A unit over the budget gets a microbatch of its own. The result depends
+    on nothing but the arguments: equal lengths keep their order, and so do the examples inside a microbatch.
+    """
+    if tokens_per_microbatch < 1:
+        raise DataError(f"tokens_per_microbatch is {tokens_per_microbatch}; it must be at least 1")
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for cost, members in _units_by_cost(examples):
+        place = bisect_left(room, (cost, -1))
+        if place < len(room):
+            free, index = room.pop(place)
+        else:
+            free, index = max(tokens_per_microbatch, cost), len(bins)
+            bins.append([])
+        bins[index] += members
+        insort(room, (free - cost, index))
+    return [[examples[i] for i in sorted(members)] for members in bins]
+
+
+def shard(examples: Sequence[Example], rank: int, world_size: int) -> list[Example]:
+    """The part of `examples` that process `rank` of `world_size` trains on, in the original order.
+
+    Every process calls this with the same examples. Units, longest first, go to the process with the fewest tokens so far;
+    units stay whole. With few units a process may get none.
+    """
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank {rank} is not in 0..{world_size - 1}")
+    if world_size == 1:
+        return list(examples)
+    loads = [0] * world_size
+    mine: list[int] = []
+    for cost, members in _units_by_cost(examples):
+        target = loads.index(min(loads))
+        loads[target] += cost
+        if target == rank:
+            mine += members
+    return [examples[i] for i in sorted(mine)]
+
+
+def pack(examples: Sequence[Example], device: str | torch.device = "cpu") -> PackedBatch:
+    """Lays examples end to end. T is the sum of their lengths, N their number; payloads keep their dtype.
+
+    Raises DataError when there is nothing to pack, when an array's length is not the number of tokens, when a first token is in
+    the loss (nothing predicts it, so it would be scored from the sequence before it), or when payload names or dtypes differ.
+    """
+    if not examples:
+        raise DataError("pack got no examples; a process without work packs an empty_example")
+    for example in examples:
+        _check(example, examples[0])
+    lengths = np.array([len(e) for e in examples], dtype=np.int64)
+    ends = np.cumsum(lengths)
+    cu_seqlens = np.concatenate([[0], ends])
+    positions = np.arange(ends[-1], dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    return PackedBatch(
+        input_ids=tensor(np.concatenate([e.input_ids for e in examples]).astype(np.int64)),
+        position_ids=tensor(positions),
+        cu_seqlens=tensor(cu_seqlens.astype(np.int32)),
+        cu_seqlens_host=tuple(cu_seqlens.tolist()),
+        max_seqlen=int(lengths.max()),
+        unit_ids=tensor(np.array([e.unit for e in examples], dtype=np.int64)),
+        loss_mask=tensor(np.concatenate([e.loss_mask for e in examples])),
+        payload={name: tensor(np.concatenate([e.payload[name] for e in examples])) for name in examples[0].payload},
+    )
+
+
+def empty_example(payload: Iterable[str] | Mapping[str, Any] = ()) -> Example:
+    """Two tokens, the second in the loss, every payload 0: what a process without work runs, so that collectives match.
+
+    `payload` names the arrays (float32), or maps names to dtypes. It must carry `weights`, which are 0, wherever a loss is made.
+    """
+    dtypes = payload if isinstance(payload, Mapping) else dict.fromkeys(payload, np.float32)
+    return Example(
+        input_ids=np.zeros(2, dtype=np.int32),
+        loss_mask=np.array([False, True]),
+        payload={name: np.zeros(2, dtype=dtype) for name, dtype in dtypes.items()},
+    )
+
+
+def _units_by_cost(examples: Sequence[Example]) -> list[tuple[int, list[int]]]:
+    """(tokens, indices of the examples) of each unit, longest first; equal ones in order of first appearance."""
+    units: dict[int, list[int]] = {}
+    for i, example in enumerate(examples):
+        units.setdefault(example.unit, []).append(i)
+    return sorted(((sum(len(examples[i]) for i in m), m) for m in units.values()), key=lambda unit: -unit[0])
+
+
+def _check(example: Example, first: Example) -> None:
+    name = f"example {example.id!r}" if example.id else f"an example of unit {example.unit}"
+    n = len(example)
+    if n == 0:
+        raise DataError(f"{name} has no tokens")
+    if example.loss_mask.shape != (n,) or example.loss_mask.dtype != np.bool_:
+        raise DataError(f"{name}: loss_mask is {example.loss_mask.dtype} {example.loss_mask.shape}, not bool ({n},)")
+    if example.loss_mask[0]:
+        raise DataError(f"{name}: the first token is in the loss, but nothing predicts it; set loss_mask[0] to False")
+    if example.payload.keys() != first.payload.keys():
+        raise DataError(f"{name} has payloads {sorted(example.payload)}, others have {sorted(first.payload)}")
+    for key, values in example.payload.items():
+        if values.shape != (n,):
+            raise DataError(f"{name}: payload {key!r} has shape {values.shape}, not ({n},)")
+        if values.dtype != first.payload[key].dtype:
+            raise DataError(f"{name}: payload {key!r} is {values.dtype}, others are {first.payload[key].dtype}")
