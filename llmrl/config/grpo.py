@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llmrl.config.base import Recipe
 from llmrl.config.data import DataFields
 from llmrl.config.model import ModelFields
 from llmrl.config.presets import GRPO_PRESETS
@@ -16,49 +17,77 @@ from llmrl.config.train import TrainFields
 _GRPO = GRPO_PRESETS["grpo"]
 
 
-class GRPOConfig(ModelFields, DataFields, RewardFields, SamplingFields, TrainFields):
+class GRPOConfig(Recipe, ModelFields, DataFields, RewardFields, SamplingFields, TrainFields):
     """KL-regularised group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) and its critic-free relatives."""
 
-    preset: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    learning_rate: float = Field(1e-6, ge=0)
+    kind: ClassVar[str] = "grpo"
+
+    preset: Literal["grpo", "dr_grpo", "dapo"] = Field(
+        "grpo", description="a named method: a value for each axis below"
+    )
+    learning_rate: float = Field(1e-6, ge=0, description="AdamW's peak rate")
     num_generations: int = Field(8, ge=1, description="completions a prompt")
-    rollout: RolloutSettings = RolloutSettings()
+    rollout: RolloutSettings = Field(RolloutSettings(), description="the engine that samples")
     num_iterations: int = Field(1, ge=1, description="passes over the rollouts of one step")
 
     # the axes: a preset sets them, a key of the recipe overrides the preset
-    scale_rewards: Literal["group", "batch", "none"] = _GRPO["scale_rewards"]
-    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = _GRPO["aggregation"]
-    beta: float = Field(_GRPO["beta"], ge=0, description="weight of the KL to the reference in the loss; 0 loads no reference")
-    kl_estimator: Literal["k1", "k2", "k3"] = _GRPO["kl_estimator"]
-    epsilon: float = Field(_GRPO["epsilon"], gt=0)
-    epsilon_high: float | None = Field(_GRPO["epsilon_high"], gt=0)
-    delta: float | None = Field(_GRPO["delta"], gt=1, description="upper bound of the ratio, both signs of the advantage (two-sided clip)")
-    dual_clip: float | None = Field(_GRPO["dual_clip"], gt=1, description="c of dual-clip PPO: bounds the loss at negative advantages")
-    importance_sampling_level: Literal["token", "sequence"] = _GRPO["importance_sampling_level"]
-    group_filter: Literal["none", "drop_zero_std"] = _GRPO["group_filter"]
-    truncated_completions: Literal["keep", "mask", "zero_reward"] = _GRPO["truncated_completions"]
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        _GRPO["scale_rewards"], description="advantages are divided by the std of their group, of the batch, or not"
+    )
+    aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = Field(
+        _GRPO["aggregation"], description="how token losses become one; constant divides by max_completion_length"
+    )
+    beta: float = Field(
+        _GRPO["beta"], ge=0, description="weight of the KL to the reference in the loss; 0 loads no reference"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        _GRPO["kl_estimator"], description="Schulman's estimators of the KL"
+    )
+    epsilon: float = Field(_GRPO["epsilon"], gt=0, description="clip: the ratio's lower bound is 1 - epsilon")
+    epsilon_high: float | None = Field(
+        _GRPO["epsilon_high"], gt=0, description="upper bound 1 + epsilon_high; default: epsilon"
+    )
+    delta: float | None = Field(
+        _GRPO["delta"], gt=1, description="upper bound of the ratio, both signs of the advantage (two-sided clip)"
+    )
+    dual_clip: float | None = Field(
+        _GRPO["dual_clip"], gt=1, description="c of dual-clip PPO: bounds the loss at negative advantages"
+    )
+    importance_sampling_level: Literal["token", "sequence"] = Field(
+        _GRPO["importance_sampling_level"], description="ratio of each token, or of the sequence (GSPO)"
+    )
+    group_filter: Literal["none", "drop_zero_std"] = Field(
+        _GRPO["group_filter"], description="drop_zero_std: groups of equal rewards are replaced by new prompts"
+    )
+    truncated_completions: Literal["keep", "mask", "zero_reward"] = Field(
+        _GRPO["truncated_completions"],
+        description="completions that the token limit cut: keep, out of the loss, reward 0",
+    )
 
-    entropy_coef: float = 0.0
+    entropy_coef: float = Field(0.0, description="weight of the entropy bonus")
     top_entropy_quantile: float = Field(1.0, gt=0, le=1, description="share of tokens, by entropy, that get a gradient")
     use_bias_correction_kl: bool = Field(False, description="multiply the KL term by the ratio (TRL's default)")
     max_refills: int = Field(4, ge=0, description="extra sampling rounds when group_filter dropped groups")
     importance_correction: Literal["none", "token_truncate"] = Field(
-        "none", description="weight by min(old / sampled, cap) a token, for engines whose log-probs differ from the trainer's"
+        "none",
+        description="weight by min(old / sampled, cap) a token, for engines whose log-probs differ from the trainer's",
     )
-    importance_cap: float = Field(2.0, gt=0)
+    importance_cap: float = Field(2.0, gt=0, description="cap of importance_correction")
     max_logprob_gap: float | None = Field(
-        None, gt=0, description="stop when mean |sampled - recomputed| exceeds this; default 1e-3 in float32, none in bf16"
+        None,
+        gt=0,
+        description="stop when mean |sampled - recomputed| exceeds this; default 1e-3 in float32, none in bf16",
     )
 
-    eval_num_generations: int = Field(1, ge=1)
-    eval_temperature: float = Field(0.0, ge=0)
+    eval_num_generations: int = Field(1, ge=1, description="completions a prompt in evaluations")
+    eval_temperature: float = Field(0.0, ge=0, description="temperature in evaluations; 0 is greedy")
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, data: Any) -> Any:
         if isinstance(data, dict):
             name = data.get("preset", "grpo")
-            if name in GRPO_PRESETS:
+            if isinstance(name, str) and name in GRPO_PRESETS:
                 return {**GRPO_PRESETS[name], **data}
         return data
 
@@ -70,7 +99,12 @@ class GRPOConfig(ModelFields, DataFields, RewardFields, SamplingFields, TrainFie
                 "the importance ratio would be biased. Use temperature alone for training (evaluation takes all four)"
             )
         if self.temperature == 0:
-            raise ValueError("temperature 0 gives every group equal completions, so no advantage; use a temperature above 0")
-        if self.num_generations < 2 and self.scale_rewards != "none":
-            raise ValueError(f"num_generations {self.num_generations} makes no group to compare with; use at least 2")
+            raise ValueError(
+                "temperature 0 gives every group equal completions, so no advantage; use a temperature above 0"
+            )
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations {self.num_generations} makes no group: a completion's baseline is the mean of its group, "
+                "so every advantage would be 0; use at least 2"
+            )
         return self

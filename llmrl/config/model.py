@@ -12,26 +12,30 @@ from llmrl.config.base import Strict
 class LoraSettings(Strict):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685). Names are peft's `LoraConfig`."""
 
-    r: int = Field(16, ge=1)
-    lora_alpha: float = Field(32, gt=0)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
-    modules_to_save: list[str] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
+    r: int = Field(16, ge=1, description="rank")
+    lora_alpha: float = Field(32, gt=0, description="the update is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
+    target_modules: str | list[str] = Field("all-linear", description="layers that get an adapter")
+    modules_to_save: list[str] | None = Field(None, description="layers trained in full beside the adapters")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r)")
+    use_dora: bool = Field(False, description="weight-decomposed adapters")
 
 
 class ModelFields(Strict):
-    """The model part of a training recipe, flat at its top level."""
+    """Model."""
 
-    model_name_or_path: str
-    model_revision: str = "main"
-    tokenizer_name_or_path: str | None = None
-    chat_template: str | None = Field(None, description="a Jinja template, or the path of a file with one")
-    trust_remote_code: bool = False
+    model_name_or_path: str = Field(description="a hub id, or a directory in Hugging Face's format")
+    model_revision: str = Field("main", description="hub branch, tag or commit")
+    tokenizer_name_or_path: str | None = Field(None, description="default: the model's own")
+    chat_template: str | None = Field(
+        None, description="a Jinja template, or the path of a file with one; default: the tokenizer's"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="type of the parameters and of the optimizer state"
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
-    lora: LoraSettings | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="autocast type of forward and backward")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward: less memory, about a third more time"
+    )
+    lora: LoraSettings | None = Field(None, description="low-rank adapters instead of full training: `lora: {r: 16}`")

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from llmrl.config.base import Strict
+from llmrl.config.base import Strict, as_list
 
 
 class RewardSpec(Strict):
-    """One reward function: a built-in name, `module:function` or `path/file.py:function`.
+    """One reward function: a built-in name, `module:function` or `path/file.py:function`. A bare string is its `function`.
 
     `args` are passed to it as keyword arguments. `timeout` is in seconds of work: for a row-wise verifier the deadline of one row,
     for a batch function the deadline of one call. `isolate: process` runs it in a worker that can be killed.
     """
 
-    function: str
+    shorthand: ClassVar[str] = "function"
+
+    function: str = Field(description="a built-in name, `module:function` or `path/file.py:function`")
     name: str | None = Field(None, description="name in metrics; default: the function's own")
-    args: dict[str, Any] = {}
-    weight: float = 1.0
+    args: dict[str, Any] = Field({}, description="keyword arguments")
+    weight: float = Field(1.0, description="factor in the combined reward")
     timeout: float | None = Field(None, gt=0, description="seconds; default 10 a row, 60 a batch call")
     isolate: Literal["process", "inline"] | None = Field(None, description="default: process for named functions")
 
 
-def _as_specs(value: Any) -> Any:
-    if isinstance(value, str | dict | RewardSpec):
-        value = [value]
-    if isinstance(value, list):
-        return [{"function": item} if isinstance(item, str) else item for item in value]
-    return value
-
-
-Rewards = Annotated[list[RewardSpec], BeforeValidator(_as_specs)]
+Rewards = Annotated[list[RewardSpec], BeforeValidator(as_list)]
 
 
 class RewardFields(Strict):
-    """The reward part of an RL recipe, flat at its top level."""
+    """Rewards."""
 
-    rewards: Rewards = []
+    rewards: Rewards = Field([], description="reward functions: a name, or a list of specs (`rewards.0.weight=0.5`)")
     on_error: Literal["stop", "skip"] = Field(
-        "stop", description="a reward function that raised, ran out of time or answered malformed: stop, or None for the row"
+        "stop",
+        description="a reward function that raised, ran out of time or answered malformed: stop, or None for the row",
     )
-    reward_workers: int = Field(2, ge=1)
+    reward_workers: int = Field(2, ge=1, description="worker processes of each training process")

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from llmrl.config.base import Recipe
 from llmrl.config.data import DataFields
 from llmrl.config.model import ModelFields
 from llmrl.config.train import TrainFields
 
 
-class SFTConfig(ModelFields, DataFields, TrainFields):
+class SFTConfig(Recipe, ModelFields, DataFields, TrainFields):
     """Supervised fine-tuning: negative log-likelihood of the supervised tokens, averaged over all of them in an update."""
 
-    learning_rate: float = Field(2e-5, ge=0)
+    kind: ClassVar[str] = "sft"
+
+    learning_rate: float = Field(2e-5, ge=0, description="AdamW's peak rate")
     max_length: int | None = Field(None, ge=2, description="tokens; default: what the model can take")
     train_on: Literal["completion", "all"] = Field(
         "completion", description="completion: the answer, or the assistant's turns; all: every token"
     )
-    loss_type: Literal["nll", "dft"] = "nll"
-    dataset_num_proc: int | None = Field(None, ge=1)
+    loss_type: Literal["nll", "dft"] = Field(
+        "nll", description="nll; dft weighs each token by its own probability (arXiv 2508.05629)"
+    )
+    dataset_num_proc: int | None = Field(None, ge=1, description="processes that render and tokenise rows")
