@@ -1,0 +1,125 @@
+"""The rollouts of a step do not depend on the number of processes, and refilling is bounded."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from llmrl.data.sampler import Sampler
+from llmrl.experience.collect import Collector, Group, zero_truncated
+from llmrl.types import Completion, Prompt, Rollout, Sampling, ScoredRollout
+
+
+class KeyedEngine:
+    """Completions that depend on (step, prompt id, sample) alone, as a real engine's do."""
+
+    version = 0
+
+    def __init__(self):
+        self.prompts_seen: list[str] = []
+
+    def generate(self, prompts, num_generations, sampling):
+        self.prompts_seen += [p.id for p in prompts]
+        return [
+            [
+                Rollout(p, Completion((hash((p.id, sampling.step, i)) % 1000,), (-1.0,), "stop", p.id), i)
+                for i in range(num_generations)
+            ]
+            for p in prompts
+        ]
+
+    def sync_weights(self, named_tensors, version):
+        self.version = version
+
+
+class Rule:
+    """Prompts with an even number get distinct rewards, odd ones equal rewards."""
+
+    def score(self, rollouts, trainer_state=None):
+        return [
+            ScoredRollout(r, float(r.index) if int(r.prompt.columns["n"]) % 2 == 0 else 1.0, {"rule": 1.0}) for r in rollouts
+        ]
+
+
+def prompts(n):
+    return [Prompt(f"p{i}", (i + 1,), f"p{i}", {"n": i}) for i in range(n)]
+
+
+def collector(n=40, engine=None, **settings):
+    defaults = {"batch_size": 6, "num_generations": 3, "sampling": Sampling(8)}
+    return Collector(prompts(n), Sampler(n, seed=1, shuffle=True), engine or KeyedEngine(), Rule(), **{**defaults, **settings})
+
+
+def parallel(world_size, **settings):
+    """The experiences of `world_size` processes, as threads that meet in gather."""
+    barrier, board = threading.Barrier(world_size), [None] * world_size
+    out = [None] * world_size
+
+    def run(rank):
+        def gather(value):
+            board[rank] = value
+            barrier.wait()
+            everything = list(board)
+            barrier.wait()
+            return everything
+
+        out[rank] = collector(rank=rank, world_size=world_size, gather=gather, **settings).collect(1)
+
+    threads = [threading.Thread(target=run, args=(r,)) for r in range(world_size)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(30)
+    return out
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_same_groups_on_any_number_of_processes(drop, world_size):
+    settings = {"drop_zero_std": drop, "max_refills": 5}
+    alone = collector(**settings).collect(1)
+    parts = parallel(world_size, **settings)
+    together = sorted((g for e in parts for g in e.groups), key=lambda g: g.index)
+    assert [(g.index, [r.rollout for r in g.rollouts]) for g in together] == [
+        (g.index, [r.rollout for r in g.rollouts]) for g in alone.groups
+    ]
+    assert all(e.metrics == alone.metrics for e in parts)
+
+
+def test_groups_without_signal_are_replaced():
+    experience = collector(drop_zero_std=True, max_refills=20).collect(1)
+    assert len(experience.groups) == 6 and all(g.informative for g in experience.groups)
+    assert experience.metrics["groups/kept"] == 6 and experience.metrics["groups/dropped"] > 0
+
+
+def test_refilling_is_bounded():
+    engine = KeyedEngine()
+    c = collector(engine=engine, drop_zero_std=True, max_refills=2)
+    c.prompts = [replace(p, columns={"n": 1}) for p in c.prompts]  # no prompt has any signal
+    experience = c.collect(1)
+    assert experience.groups == [] and len(engine.prompts_seen) == 3 * 6
+
+
+def test_a_prompt_drawn_twice_in_a_step_is_sampled_with_other_randomness():
+    engine = KeyedEngine()
+    experience = collector(n=2, engine=engine, batch_size=4).collect(1)
+    assert len(set(engine.prompts_seen)) == 4
+    assert len({g.rollouts[0].rollout.completion.ids for g in experience.groups}) == 4
+
+
+def test_informative_compares_exactly_and_ignores_missing_rewards():
+    def group(*rewards):
+        rollout = Rollout(Prompt("p", (1,), "p"), Completion((1,), (-1.0,), "stop", ""))
+        return Group(0, [ScoredRollout(rollout, r, {}) for r in rewards])
+
+    assert not group(0.1, 0.1, 0.1).informative
+    assert not group(0.1, None, 0.1).informative and not group(None, None).informative
+    assert group(0.1, 0.2).informative
+
+
+def test_truncated_completions_can_earn_nothing():
+    rollout = Rollout(Prompt("p", (1,), "p"), Completion((1,), (-1.0,), "length", ""))
+    assert zero_truncated(ScoredRollout(rollout, 1.0, {})).reward == 0.0
+    assert zero_truncated(ScoredRollout(rollout, None, {})).reward is None
