@@ -50,7 +50,7 @@ def _explain_one(recipe: type[Recipe], detail: ErrorDetails, path: tuple[str | i
     field = field_at(recipe, path)
     allowed = describe(field) if field else detail["msg"]
     if kind == "missing":
-        return f"is required: {allowed}" + (f", {field.description}" if field and field.description else "")
+        return f"is required ({allowed})" + (f": {field.description}" if field and field.description else "")
     given = detail["input"]
     text = f"given {show(given)}; allowed: {allowed}"
     names = [part for part in path if isinstance(part, str)]

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from llmrl.config.base import Recipe, Strict
 
 Model = type[BaseModel]
+Field = FieldInfo
 Path = tuple[str | int, ...]
 _SYMBOLS = ((annotated_types.Ge, "ge", ">="), (annotated_types.Gt, "gt", ">"),
             (annotated_types.Le, "le", "<="), (annotated_types.Lt, "lt", "<"))  # fmt: skip

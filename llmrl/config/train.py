@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from llmrl.config.base import Strict, as_list
 
@@ -49,3 +49,11 @@ class TrainFields(Strict):
     num_processes: int | None = Field(
         None, ge=1, description="processes this run must have; it refuses to start with another number"
     )
+
+    @model_validator(mode="after")
+    def _check_updates(self) -> Self:
+        if self.updates_per_step > self.batch_size:
+            raise ValueError(
+                f"updates_per_step {self.updates_per_step} can't share a batch_size of {self.batch_size}: each update needs a row or prompt"
+            )
+        return self

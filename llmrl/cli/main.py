@@ -1,0 +1,69 @@
+"""The `llmrl` command: finds the command's module, runs it, and turns errors into one message and an exit code.
+
+Exit codes: 0 done, 2 an error that llmrl explains, 130 interrupted; whatever is not an `LLMRLError` keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from llmrl import __version__
+from llmrl.errors import ConfigError, LLMRLError
+
+# command -> (module with run(argv) -> exit code, what it does); modules are imported when they are run
+COMMANDS = {
+    "sft": ("llmrl.cli.sft", "supervised fine-tuning"),
+    "grpo": ("llmrl.cli.grpo", "reinforcement learning from rewards: GRPO, Dr. GRPO, DAPO"),
+    "eval": ("llmrl.cli.eval", "accuracy of a model on a file of problems"),
+    "check": ("llmrl.cli.check", "what a recipe would do: rows, masks, lengths, batches, rewards, memory"),
+    "init-model": ("llmrl.cli.init_model", "a small model from scratch, with a tokenizer trained on your files"),
+    "merge": ("llmrl.cli.merge", "a LoRA adapter merged into its base model"),
+    "quickstart": ("llmrl.cli.quickstart", "model, SFT, GRPO and evaluation in one go, without a network"),
+}
+
+
+def usage() -> str:
+    """The text of `llmrl --help`."""
+    commands = "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
+    return f"""usage: llmrl COMMAND ...
+
+{commands}
+
+  llmrl grpo --config recipes/x.yaml learning_rate=2e-6 rewards.0.weight=0.5
+  accelerate launch --num_processes 2 -m llmrl.cli grpo --config recipes/x.yaml
+
+`llmrl COMMAND --help` says more; `llmrl sft --help` and `llmrl grpo --help` list every key of a recipe.
+`llmrl --version` prints the version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (default: the process's) and returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(args)
+    except LLMRLError as error:
+        rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"llmrl: error{rank}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("llmrl: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if args[0] in ("-V", "--version"):
+        print(f"llmrl {__version__}")
+        return 0
+    command, *rest = args
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise ConfigError(f"no command {command!r}; {hint}")
+    return int(importlib.import_module(COMMANDS[command][0]).run(rest))

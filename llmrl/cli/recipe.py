@@ -1,0 +1,113 @@
+"""What the commands that take a recipe share: `--config FILE key=value ...` and the list of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, overload
+
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmrl.config.base import Recipe, Strict
+from llmrl.config.explain import show
+from llmrl.config.fields import Field, Model, describe, groups, sub_model
+from llmrl.config.grpo import GRPOConfig
+from llmrl.config.load import CONFIGS, load_recipe
+from llmrl.config.presets import GRPO_PRESETS
+from llmrl.config.sft import SFTConfig
+from llmrl.errors import ConfigError
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    return any(arg in ("-h", "--help") for arg in argv)
+
+
+@overload
+def read_recipe(kind: Literal["sft"], argv: Sequence[str]) -> SFTConfig: ...
+@overload
+def read_recipe(kind: Literal["grpo"], argv: Sequence[str]) -> GRPOConfig: ...
+def read_recipe(kind: str, argv: Sequence[str]) -> Recipe:
+    """`--config FILE` (or `--config=FILE`) and overrides, in any order -> a config that has data and, for GRPO, rewards."""
+    path, overrides = split_config(argv)
+    config = load_recipe(kind, path, overrides)
+    for key, what in (("dataset", "rows to train on"), ("rewards", "a reward function")):
+        if key in type(config).model_fields and not getattr(config, key):
+            raise ConfigError(f"{path or f'{kind} recipe'}: {key} is empty: {kind} needs {what}")
+    return config
+
+
+def split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Takes `--config FILE` out of the arguments; the rest are overrides."""
+    path: str | None = None
+    rest = []
+    args = iter(argv)
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if name not in ("--config", "-c"):
+            rest.append(arg)
+            continue
+        if path is not None:
+            raise ConfigError("--config stands twice; one recipe a run")
+        path = value if equals else next(args, None)
+        if not path or path.startswith("-"):
+            raise ConfigError("--config needs a recipe: --config recipes/x.yaml")
+    return path, rest
+
+
+def print_keys(kind: str) -> None:
+    """`llmrl <kind> --help`: every key of the recipe, with its default and what it means."""
+    recipe = CONFIGS[kind]
+    print(f"usage: llmrl {kind} --config RECIPE [key=value ...]\n\n{recipe.__doc__}\n")
+    print(
+        "RECIPE is a YAML file or the name of a shipped recipe. An override is a dotted key and a YAML value, for example"
+    )
+    print(f"  llmrl {kind} --config recipes/x.yaml learning_rate=2e-6 dataset.0.split=test lora.r=8")
+    console = Console(highlight=False)
+    shown: set[Model] = set()
+    for title, keys in groups(recipe):
+        console.print(f"\n[bold]{title}[/bold]")
+        table = Table(box=None, show_header=False, padding=(0, 1, 0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(ratio=1, overflow="fold")
+        for key in keys:
+            for name, field in _with_inner(key, recipe.model_fields[key], shown):
+                text = field.description or ""
+                detail = f"{describe(field)}; {_default(field)}"
+                table.add_row(Text(name), Text.assemble(text, " " if text else "", (f"[{detail}]", "dim")))
+        console.print(table)
+    if kind == "grpo":
+        _print_presets(console)
+
+
+def _with_inner(key: str, field: Field, shown: set[Model]) -> Iterator[tuple[str, Field]]:
+    """The key, then the keys of the model in it, the first time that the model comes up."""
+    yield key, field
+    model, in_list = sub_model(field.annotation)
+    if model and model not in shown:
+        shown.add(model)
+        for name, inner in model.model_fields.items():
+            yield f"  .{'N.' if in_list else ''}{name}", inner
+
+
+def _default(field: Field) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    value = field.default
+    return "default: its own defaults" if isinstance(value, Strict) else f"default {show_plain(value)}"
+
+
+def show_plain(value: object) -> str:
+    return str(value) if isinstance(value, str) else show(value).removesuffix(" (a list)").removesuffix(" (a mapping)")
+
+
+def _print_presets(console: Console) -> None:
+    axes = list(GRPO_PRESETS["grpo"])
+    table = Table(box=None, padding=(0, 1, 0, 2))
+    for column in ("preset:", *GRPO_PRESETS):
+        table.add_column(column, overflow="fold")
+    for axis in axes:
+        table.add_row(axis, *(show_plain(values[axis]) for values in GRPO_PRESETS.values()))
+    console.print("\n[bold]Presets[/bold]")
+    console.print(table)
