@@ -7,10 +7,10 @@ inverting the cumulative distribution, so a rollout does not depend on what else
 from __future__ import annotations
 
 import hashlib
-import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from llmrl.types import Sampling
 
@@ -47,7 +47,7 @@ def draw(logits: torch.Tensor, sampling: Sampling, u: torch.Tensor | None) -> tu
     assert u is not None
     tokens, total = _invert(weights, u)
     logprobs = scaled.gather(1, tokens[:, None]).squeeze(1) - total.log().to(scaled.dtype)
-    return torch.where(total.isfinite(), tokens, -1), logprobs
+    return torch.where(logprobs.isfinite(), tokens, -1), logprobs
 
 
 def _truncate(weights: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -79,15 +79,16 @@ def _invert(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch
 
     Two levels: a running sum over the whole vocabulary is slow, and in float32 it would lose the tail.
     """
-    size = math.ceil(weights.shape[1] / _BLOCK) * _BLOCK
-    if size != weights.shape[1]:
-        weights = torch.nn.functional.pad(weights, (0, size - weights.shape[1]))
+    vocab = weights.shape[1]
+    if vocab % _BLOCK:
+        weights = F.pad(weights, (0, -vocab % _BLOCK))
     blocks = weights.unflatten(1, (-1, _BLOCK))
     sums = blocks.sum(-1).double()
     block, rest = _pick(sums, u[:, None].to(sums.device))
     inside = blocks[torch.arange(len(blocks), device=weights.device), block.squeeze(1)].double()
     token, _ = _pick(inside, rest)
-    return (block * _BLOCK + token).squeeze(1), sums.sum(-1)
+    tokens = (block * _BLOCK + token).squeeze(1)
+    return tokens.clamp(max=vocab - 1), sums.sum(-1)  # a row of NaN finds no token
 
 
 def _pick(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +96,7 @@ def _pick(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.T
     running = weights.cumsum(-1)
     total = running[:, -1:]
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(running, target, right=True).clamp(max=weights.shape[1] - 1)  # the clamp is for NaN
+    index = torch.searchsorted(running, target, right=True).clamp(max=weights.shape[1] - 1)
     mass = weights.gather(1, index)
     rest = (target - (running.gather(1, index) - mass)) / mass
     return index, rest.clamp(0, 1 - 2**-53)
