@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -112,9 +113,16 @@ class ChatRenderer:
         pieces: list[tuple[str, bool]] = []
         for row in rows:
             cuts = _cuts(row)
-            pieces += [(row.text[a:b], a == 0) for a, b in zip(cuts, cuts[1:])]
+            pieces += [(row.text[a:b], a == 0) for a, b in pairwise(cuts)]
         encoded = iter(self._encode(pieces))
         return [self._assemble(row, encoded, train_all) for row in rows]
+
+    def keep_end(self, ids: list[int], limit: int) -> list[int]:
+        """The last `limit` ids, and a BOS in front if there was one."""
+        n = len(self._bos)
+        if n and n < limit and ids[:n] == self._bos:
+            return self._bos + ids[n - limit :]
+        return ids[-limit:]
 
     def _assemble(self, row: Rendered, encoded: Any, train_all: bool) -> Tokens:
         cuts, ends = _cuts(row), dict(row.spans)
@@ -123,15 +131,12 @@ class ChatRenderer:
         for start in cuts[:-1]:
             tokens, offsets = next(encoded)
             learned = self._learned(tokens, offsets, ends[start] - start, row.templated) if start in ends else 0
-            if start == 0 and not row.templated:
-                tokens_before = len(tokens)
-                tokens = self._with_bos(tokens)
-                mask += [False] * (len(tokens) - tokens_before)
-                tokens_after = tokens_before
-            else:
-                tokens_after = len(tokens)
             ids += tokens
-            mask += [True] * learned + [False] * (tokens_after - learned)
+            mask += [True] * learned + [False] * (len(tokens) - learned)
+        if not row.templated:
+            bare = len(ids)
+            ids = self._with_bos(ids)
+            mask = [False] * (len(ids) - bare) + mask
         if not row.templated and self.eos_id is not None and (not ids or ids[-1] not in self.stop_ids):
             ids.append(self.eos_id)
             mask.append(True)
@@ -156,7 +161,7 @@ class ChatRenderer:
         template = self._template(row.tools)
         if not _MARKER.search(template):
             return None
-        kwargs = {**self.tokenizer.special_tokens_map, **self.template_kwargs, **row.template_kwargs}
+        kwargs = {**self.tokenizer.special_tokens_map, **self._kwargs(row)}
         try:
             texts, indices = render_jinja_template(
                 conversations=[row.messages],
@@ -167,7 +172,7 @@ class ChatRenderer:
                 **kwargs,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise _template_error(row.origin, error) from error
+            raise _template_error(error) from error
         text, start = texts[0], 0
         if row.first > 0:
             head = self._render(row.messages[: row.first], row, add_generation_prompt=True)
@@ -206,13 +211,17 @@ class ChatRenderer:
 
     def _render(self, messages: Messages, row: ChatRow | PromptRow, **how: bool) -> str:
         self._template(row.tools)
-        kwargs = {**self.template_kwargs, **row.template_kwargs}
-        if _RESERVED & kwargs.keys():
-            raise DataError(f"chat_template_kwargs can't set {', '.join(sorted(_RESERVED & kwargs.keys()))}")
+        kwargs = self._kwargs(row)
         try:
             return self.tokenizer.apply_chat_template(messages, tools=row.tools, tokenize=False, **how, **kwargs)
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise _template_error(row.origin, error) from error
+            raise _template_error(error) from error
+
+    def _kwargs(self, row: ChatRow | PromptRow) -> dict[str, Any]:
+        kwargs = {**self.template_kwargs, **row.template_kwargs}
+        if taken := sorted(_RESERVED & kwargs.keys()):
+            raise DataError(f"chat_template_kwargs can't set {', '.join(taken)}: llmrl sets it")
+        return kwargs
 
     def _template(self, tools: list[Any] | None) -> str:
         try:
@@ -275,5 +284,5 @@ def _cuts(row: Rendered) -> list[int]:
     return sorted({0, len(row.text), *(start for start, _ in row.spans)})
 
 
-def _template_error(origin: str, error: Exception) -> DataError:
+def _template_error(error: Exception) -> DataError:
     return DataError(f"the chat template refuses the conversation: {error}")
