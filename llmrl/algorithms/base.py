@@ -22,7 +22,9 @@ class Trainer:
 
     def __init__(self, config: Any, *, model: Any = None, tokenizer: Any = None, callbacks: Sequence[Any] = ()) -> None:
         if (model is None) != (tokenizer is None):
-            raise ConfigError("give both model and tokenizer, or neither: the stop tokens and the chat template must match the weights")
+            raise ConfigError(
+                "give both model and tokenizer, or neither: the stop tokens and the chat template must match the weights"
+            )
         self.config = config
         self.callbacks = list(callbacks)
         self.backend = Backend(config)

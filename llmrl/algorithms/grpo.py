@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from llmrl.algorithms.base import Trainer, require
@@ -32,12 +31,13 @@ from llmrl.experience.batch import (
     sample_rows,
     scatter,
     to_example,
-    top_quantile_threshold,
     weigh,
     with_payload,
 )
 from llmrl.experience.collect import Collector, Experience
-from llmrl.functional.objective import policy_objective
+from llmrl.functional.importance import importance_weights, sampling_stats
+from llmrl.functional.masks import top_entropy_threshold
+from llmrl.functional.objective import ObjectiveSettings, policy_objective
 from llmrl.models.forward import PolicyModule
 from llmrl.models.load import disable_dropout, load_reference
 from llmrl.rewards.runner import RewardRunner
@@ -68,14 +68,24 @@ class GRPOTrainer(Trainer):
         reward_funcs: Any = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        funcs = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        funcs = (
+            [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        )
+        self.objective = ObjectiveSettings(**{f.name: getattr(config, f.name) for f in fields(ObjectiveSettings)})
+        self.gap_bound = config.max_logprob_gap
+        if self.gap_bound is None and config.dtype == "float32" and config.mixed_precision == "no":
+            self.gap_bound = 1e-3
         require(config.rewards or funcs, "GRPO needs a reward: give `rewards` in the recipe or reward_funcs")
-        self.rewards = RewardRunner(config.rewards, reward_funcs=funcs, on_error=config.on_error, workers=config.reward_workers)
+        self.rewards = RewardRunner(
+            config.rewards, reward_funcs=funcs, on_error=config.on_error, workers=config.reward_workers
+        )
         super().__init__(config, model=model, tokenizer=tokenizer, callbacks=callbacks)
         disable_dropout(self.model)
         self.prompts, self.eval_prompts = self._prompts(train_dataset, eval_dataset)
         self.reference = load_reference(config, self.model) if config.beta > 0 else None
-        self.reference_module = PolicyModule(self.reference).to(self.backend.device) if self.reference is not None else None
+        self.reference_module = (
+            PolicyModule(self.reference).to(self.backend.device) if self.reference is not None else None
+        )
         self.sampler = Sampler(len(self.prompts), seed=config.seed, shuffle=config.shuffle)
         steps = config.max_steps or math.ceil(config.num_train_epochs * len(self.prompts) / config.batch_size)
         self.prepare(steps, config.updates_per_step * config.num_iterations, {"sampler": self.sampler})
@@ -93,7 +103,9 @@ class GRPOTrainer(Trainer):
             self.rewards,
             batch_size=config.batch_size,
             num_generations=config.num_generations,
-            sampling=Sampling(max_tokens=config.max_completion_length, temperature=config.temperature, seed=config.seed),
+            sampling=Sampling(
+                max_tokens=config.max_completion_length, temperature=config.temperature, seed=config.seed
+            ),
             drop_zero_std=config.group_filter == "drop_zero_std",
             max_refills=config.max_refills,
             zero_reward_if_truncated=config.truncated_completions == "zero_reward",
@@ -106,7 +118,9 @@ class GRPOTrainer(Trainer):
         """Runs to the last step and returns the summary; the final model is in `<output_dir>/model`."""
         with self.rewards, self.run as run:
             for step in run.steps():
-                experience = self.collector.collect(step, trainer_state={"global_step": step, "max_steps": run.total_steps})
+                experience = self.collector.collect(
+                    step, trainer_state={"global_step": step, "max_steps": run.total_steps}
+                )
                 metrics = self.update(experience)
                 self.engine.sync_weights((), version=step)
                 if self.eval_prompts and run.due(self.config.eval_steps, step):
@@ -127,14 +141,18 @@ class GRPOTrainer(Trainer):
             **rollout_metrics(rollouts, self.rewards.names, gather),
             **self.rewards.pop_metrics(),
         }
-        tokens = [float(sum(len(r.rollout.prompt.ids) + len(r.rollout.completion.ids) for r in rollouts)), float(len(rollouts))]
+        tokens = [
+            float(sum(len(r.rollout.prompt.ids) + len(r.rollout.completion.ids) for r in rollouts)),
+            float(len(rollouts)),
+        ]
         self._tokens, count = (int(n) for n in self.backend.global_sum(tokens))
         if count == 0:
             return {**metrics, "loss": 0.0}
         mask_truncated = config.truncated_completions == "mask"
         indices = [g.index for g in experience.groups for _ in g.rollouts]
         examples = [
-            to_example(r, a, unit, mask_truncated=mask_truncated) for unit, (r, a) in enumerate(zip(rollouts, advantages))
+            to_example(r, a, unit, mask_truncated=mask_truncated)
+            for unit, (r, a) in enumerate(zip(rollouts, advantages))
         ]
         parts = [
             [e for e, index in zip(examples, indices) if index % config.updates_per_step == u]
@@ -153,7 +171,12 @@ class GRPOTrainer(Trainer):
         sampling = Sampling(config.max_completion_length, temperature=config.eval_temperature, seed=config.seed)
         mine = self.eval_prompts[self.backend.rank :: self.backend.world_size]
         result = evaluate(
-            mine, self.engine, self.rewards, n=config.eval_num_generations, sampling=sampling, gather=self.backend.gather_json
+            mine,
+            self.engine,
+            self.rewards,
+            n=config.eval_num_generations,
+            sampling=sampling,
+            gather=self.backend.gather_json,
         )
         return {f"eval_{k}": v for k, v in result.metrics().items()}
 
@@ -165,7 +188,9 @@ class GRPOTrainer(Trainer):
     def _prepare_part(self, examples: list[Example]) -> tuple[list[Example], float]:
         """Adds the weights, and the log-probs that must be known before the first update: old (unless on policy), reference."""
         config = self.config
-        examples, loss_tokens = weigh(examples, config.aggregation, config.max_completion_length, self.backend.global_sum)
+        examples, loss_tokens = weigh(
+            examples, config.aggregation, config.max_completion_length, self.backend.global_sum
+        )
         if not self._on_policy:
             examples = self._score(examples, "old_logprobs")
         if config.top_entropy_quantile < 1:
@@ -198,7 +223,7 @@ class GRPOTrainer(Trainer):
         """Only the tokens of highest entropy get a gradient (Wang et al. 2025, arXiv 2506.01939); denominators stay as they are."""
         values = [torch.from_numpy(e.payload["entropy"][e.loss_mask]) for e in examples]
         flat = torch.cat(values) if values else torch.zeros(0)
-        threshold = top_quantile_threshold(flat, self.config.top_entropy_quantile, self.backend.global_sum)
+        threshold = top_entropy_threshold(flat, self.config.top_entropy_quantile, self.backend.global_sum)
         return [replace(e, loss_mask=e.loss_mask & (e.payload["entropy"] >= threshold)) for e in examples]
 
     def _optimize(self, examples: list[Example], loss_tokens: float) -> dict[str, float]:
@@ -235,10 +260,7 @@ class GRPOTrainer(Trainer):
             token_share=token_share,
             settings=self.objective,
         )
-        gap = (old - sampled).abs()
-        stats["sampling/sampling_logp_difference/mean"] = gap.sum() * token_share
-        if len(gap):
-            stats["sampling/sampling_logp_difference/max"] = gap.max()
+        stats |= sampling_stats(old, sampled, batch.select("weights"), token_share)
         return loss, {"loss": loss.detach(), **stats}
 
     def _check_gap(self, metrics: dict[str, float]) -> None:

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: maximise the likelihood of the supervised tokens, every one of an update with the same weight.
 
-    repeat: rows <- sampler;  loss = -(1/N) sum_t log p(token t),  N = supervised tokens of the update over all processes
+repeat: rows <- sampler;  loss = -(1/N) sum_t log p(token t),  N = supervised tokens of the update over all processes
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class SFTTrainer(Trainer):
     def update(self, examples: Sequence[Example]) -> dict[str, float]:
         """One optimizer step on `examples`, which every process holds; each takes its share."""
         mine = self._weighted(examples)
-        stats = self.backend.update(self.microbatches(self.share(mine)), self._loss, lambda: [empty_example(["weights"])])
+        stats = self.backend.update(
+            self.microbatches(self.share(mine)), self._loss, lambda: [empty_example(["weights"])]
+        )
         return {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "learning_rate": stats.learning_rate}
 
     def evaluate(self) -> float:

@@ -95,23 +95,6 @@ def weigh(examples: Sequence[Example], kind: str, constant: int, global_sum: Glo
     return out, tokens
 
 
-def top_quantile_threshold(values: torch.Tensor, quantile: float, global_sum: GlobalSum) -> float:
-    """The largest t such that at least ceil(quantile * N) of all processes' values are >= t, by bisection on counts.
-
-    Bisection needs one small sum a round instead of gathering every token's value, and gives the same t on every process.
-    """
-    n = global_sum([float(values.numel())])[0]
-    want = math.ceil(quantile * n)
-    low, high = 0.0, 64.0  # entropies in nats: 0 to log of the vocabulary
-    for _ in range(60):
-        middle = (low + high) / 2
-        if global_sum([float((values >= middle).sum())])[0] >= want:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
 def rollout_metrics(rollouts: Iterable[ScoredRollout], names: Sequence[str], gather: Gather) -> dict[str, float]:
     """Reward and length statistics of all processes' rollouts of a step, under TRL's metric names."""
     local = [

@@ -110,7 +110,11 @@ class Collector:
                 kept.update({int(i): bool(flag) for i, flag in flags})
         groups = [g for g in mine if kept[g.index]]
         n_kept = sum(kept.values())
-        metrics = {"groups/kept": float(n_kept), "groups/dropped": float(drawn - n_kept), "groups/rounds": float(rounds)}
+        metrics = {
+            "groups/kept": float(n_kept),
+            "groups/dropped": float(drawn - n_kept),
+            "groups/rounds": float(rounds),
+        }
         return Experience(step, groups, metrics if self.drop_zero_std else {})
 
     def _sample(self, share: list[tuple[int, Prompt]], step: int, trainer_state: Any) -> list[Group]:

@@ -58,7 +58,12 @@ def sft_examples(n=12, seed=0):
 def sft_gradients(path, out, examples, dtype=torch.float64, **settings):
     model, tokenizer = load(path, dtype)
     config = SFTConfig(
-        model_name_or_path=str(path), output_dir=str(out), batch_size=len(examples), max_steps=1, max_grad_norm=0.0, **settings
+        model_name_or_path=str(path),
+        output_dir=str(out),
+        batch_size=len(examples),
+        max_steps=1,
+        max_grad_norm=0.0,
+        **settings,
     )
     trainer = SFTTrainer(config, model=model, tokenizer=tokenizer, train_dataset=examples)
     return gradients_of_update(trainer, lambda: trainer.update(examples))
@@ -128,4 +133,6 @@ def test_equal_rewards_give_no_gradient_without_kl(tiny_model_dir, tmp_path):
 def test_the_kl_to_an_equal_reference_has_no_gradient(tiny_model_dir, tmp_path):
     with_kl = grpo_gradients(tiny_model_dir, tmp_path / "a", beta=0.04)
     without = grpo_gradients(tiny_model_dir, tmp_path / "b", beta=0.0)
-    assert distance(without[0], with_kl[0]) < 1e-7  # k3 at ratio 1: value 0, gradient 0; the reference was kept in float32 payloads
+    assert (
+        distance(without[0], with_kl[0]) < 1e-7
+    )  # k3 at ratio 1: value 0, gradient 0; the reference was kept in float32 payloads

@@ -39,7 +39,8 @@ class Rule:
 
     def score(self, rollouts, trainer_state=None):
         return [
-            ScoredRollout(r, float(r.index) if int(r.prompt.columns["n"]) % 2 == 0 else 1.0, {"rule": 1.0}) for r in rollouts
+            ScoredRollout(r, float(r.index) if int(r.prompt.columns["n"]) % 2 == 0 else 1.0, {"rule": 1.0})
+            for r in rollouts
         ]
 
 
@@ -49,7 +50,9 @@ def prompts(n):
 
 def collector(n=40, engine=None, **settings):
     defaults = {"batch_size": 6, "num_generations": 3, "sampling": Sampling(8)}
-    return Collector(prompts(n), Sampler(n, seed=1, shuffle=True), engine or KeyedEngine(), Rule(), **{**defaults, **settings})
+    return Collector(
+        prompts(n), Sampler(n, seed=1, shuffle=True), engine or KeyedEngine(), Rule(), **{**defaults, **settings}
+    )
 
 
 def parallel(world_size, **settings):
