@@ -1,9 +1,9 @@
 """Estimators of KL(policy || reference) from the log-probs of sampled tokens (Schulman 2020, "Approximating KL divergence").
 
 With d = logprob - ref_logprob of a token sampled from the policy. As a term of the loss their gradients differ more than their
-values: on policy, that of k2, d * grad logprob, is an unbiased estimate of the gradient of the KL; that of k3,
-(1 - ref / policy) * grad logprob, is biased but never pushes up on average when policy = reference; that of k1, grad logprob, has
-mean zero and says nothing, so k1 belongs in a reward.
+values. On policy, that of k2, d * grad logprob, is an unbiased estimate of the gradient of KL(policy || reference); that of k3,
+(1 - ref / policy) * grad logprob, is one of the gradient of KL(reference || policy); that of k1, grad logprob, has mean zero
+and says nothing, so k1 belongs in a reward.
 """
 
 from __future__ import annotations

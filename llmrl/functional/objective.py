@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from llmrl.functional.kl import kl_estimate
@@ -54,7 +53,7 @@ def policy_objective(
         raise ValueError(f"beta is {s.beta} but there are no ref_logprobs; score the reference first")
     if s.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef is {s.entropy_coef} but there is no entropy; ask the forward for it")
-    share = torch.where(weights != 0, token_share, 0.0).to(logprobs.dtype)
+    share = (weights != 0).to(logprobs.dtype) * token_share
     ratio = importance_ratio(logprobs, old_logprobs, sequence, num_sequences, s.importance_sampling_level)
     losses = ppo_clip(
         ratio, advantages, epsilon=s.epsilon, epsilon_high=s.epsilon_high, delta=s.delta, dual_clip=s.dual_clip
