@@ -23,7 +23,14 @@ class RewardSpec(Strict):
     args: dict[str, Any] = Field({}, description="keyword arguments")
     weight: float = Field(1.0, description="factor in the combined reward")
     timeout: float | None = Field(None, gt=0, description="seconds; default 10 a row, 60 a batch call")
-    isolate: Literal["process", "inline"] | None = Field(None, description="default: process for named functions")
+    isolate: Literal["process", "inline"] | None = Field(
+        None, description="default: process; inline for the built-ins that can't hang"
+    )
+    memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="address space of a worker beyond what loading took; default 4 for a row verifier, none for a batch function",
+    )
 
 
 Rewards = Annotated[list[RewardSpec], BeforeValidator(as_list)]
