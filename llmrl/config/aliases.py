@@ -95,7 +95,7 @@ _NO_MEANING = {
             "dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config ignore_data_skip "
             "dataset_kwargs overwrite_cache"),
     **_each("leave it out: use `accelerate launch` (or torchrun) with a profile of recipes/accelerate; the launcher decides",
-            "ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout "
+            "ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout ignore_bias_buffers "
             "local_rank parallelism_config use_cpu no_cuda accelerate_config"),
     **_each("FSDP is not available in this version: a run is one process or DDP", "fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap"),
     **_each("DeepSpeed is not available in this version: a run is one process or DDP", "deepspeed ds3_gather_for_generation"),

@@ -26,6 +26,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 RECIPE_DIRS = (_PACKAGE / "_recipes", _PACKAGE.parent / "recipes")  # an installed wheel, a checkout
 
 _FLOAT = r"[-+]?(?:(?:\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.inf|\.nan)$"
+_ESCAPED = "\r\x85\u2028\u2029\ufeff"  # line breaks to YAML, lost when written as they are
 _RESOLVERS = (
     ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -44,10 +45,13 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, line) != line:
+            if key.value in seen:
                 problem = f"key {key.value!r} stands twice, in lines {seen[key.value]} and {line}; keep one"
                 raise yaml.composer.ComposerError(None, None, problem, None)
+            seen[key.value] = line
         return node
 
 
@@ -55,7 +59,8 @@ class _Dumper(yaml.SafeDumper):
     """Quotes text that YAML 1.1 or 1.2 would read as something else; writes text of several lines as a block."""
 
     def represent_text(self, data: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+        style = '"' if any(c in data for c in _ESCAPED) else "|" if "\n" in data else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
@@ -147,16 +152,19 @@ def _lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _place(key: str, lines: dict[str, int], overridden: dict[str, str]) -> str:
-    """The key with the override that set it (or a part of it), else with its line in the file."""
+    """The key with the override that set it, a part of it or what it is part of, else with its line in the file."""
+    if key in overridden:
+        return f"override {overridden[key]}"
+    if inner := [override for name, override in overridden.items() if key and name.startswith(f"{key}.")]:
+        return f"override {inner[-1]}: {key}"
     parts = key.split(".")
     for end in range(len(parts), 0, -1):
         prefix = ".".join(parts[:end])
         if prefix in overridden:
-            return f"override {overridden[prefix]}" if prefix == key else f"override {overridden[prefix]}: {key}"
+            return f"override {overridden[prefix]}: {key}"
         if prefix in lines:
             return f"line {lines[prefix]}: {key}"
-    inner = [override for name, override in overridden.items() if key and name.startswith(f"{key}.")]
-    return f"override {inner[-1]}: {key}" if inner else key
+    return key
 
 
 def _parse_override(recipe: type[Recipe], override: str) -> tuple[tuple[str, ...], Any]:
