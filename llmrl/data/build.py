@@ -71,7 +71,8 @@ def build_sft_examples(
     problems.raise_if_any()
     tokens = renderer.tokenise(rendered, train_all=config.train_on == "all")
     limit = config.max_length or max_length
-    kept, dropped, truncated = [], 0, 0
+    kept: list[Example] = []
+    dropped = truncated = 0
     for text, item in zip(rendered, tokens):
         _check(item, text, renderer, problems)
         fitted = _fit(item, limit, config.on_overlong, text.origin, problems)

@@ -6,7 +6,9 @@ starts with exactly the tokens that the model would be asked to continue, also w
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
+from rich.console import Console
+from rich.progress import track
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmrl.data.schemas import ChatRow, PromptRow, TextRow
@@ -23,6 +27,7 @@ from llmrl.types import Messages
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANCHOR = "\n"
 _BATCH = 1024
+_SHOW_PROGRESS = 20_000
 _RESERVED = {
     "conversation",
     "messages",
@@ -148,9 +153,9 @@ class ChatRenderer:
 
     def _learned(self, tokens: list[int], offsets: Sequence[tuple[int, int]], end: int, templated: bool) -> int:
         """How many leading tokens of a piece are learned: those that start before character `end`, up to the last stop token."""
+        if not templated:  # plain strings are learned to their end
+            return len(tokens)
         n = next((i for i, (start, _) in enumerate(offsets) if start >= end), len(tokens))
-        if not templated:
-            return n
         last = next((i for i in range(n - 1, -1, -1) if tokens[i] in self.stop_ids), None)
         if last is not None:
             return last + 1
@@ -249,7 +254,9 @@ class ChatRenderer:
 
     def _encode(self, pieces: Sequence[tuple[str, bool]]) -> Iterable[tuple[list[int], list[tuple[int, int]]]]:
         """(ids, character offsets) of each (text, whether it begins a row)."""
-        for begin in range(0, len(pieces), _BATCH):
+        quiet = len(pieces) < _SHOW_PROGRESS or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
+        batches = range(0, len(pieces), _BATCH)
+        for begin in track(batches, "Tokenising", console=Console(stderr=True), transient=True, disable=quiet):
             part = pieces[begin : begin + _BATCH]
             anchored = [self._needs_anchor and not first for _, first in part]
             ids, offsets = self._batch([_ANCHOR * a + text for (text, _), a in zip(part, anchored)])
