@@ -48,7 +48,7 @@ class DecodeLayout:
             first = max(0, self.shortest - window + 1)
             k, v = k[:, :, first:], v[:, :, first:]
         mask = self._mask(window)
-        q = q.reshape(rows, k.shape[1], heads // k.shape[1], dim)
+        q = q.to(k.dtype).reshape(rows, k.shape[1], heads // k.shape[1], dim)
         if softcap is None:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         else:
@@ -121,7 +121,9 @@ class DecodeCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by the model's layers: stores the new keys and values, returns what to attend to."""
         if layer_idx not in self.keys:
-            self.keys[layer_idx], self.values[layer_idx] = self._allocate(k), self._allocate(v)
+            device = v.device.type  # rotary embeddings or norms may have widened the keys alone
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else v.dtype
+            self.keys[layer_idx], self.values[layer_idx] = self._allocate(k, dtype), self._allocate(v, dtype)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if self._prefill is not None:
             first, source = self._prefill
@@ -135,9 +137,7 @@ class DecodeCache:
         values[index, :, positions] = v[:, :, 0].to(values.dtype)
         return keys[:, :, :span], values[:, :, :span]
 
-    def _allocate(self, like: torch.Tensor) -> torch.Tensor:
-        device = like.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+    def _allocate(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return like.new_zeros(self.rows, like.shape[1], self.capacity, like.shape[3], dtype=dtype)
 
     # What transformers asks of a cache. Positions are always passed and masks are made by the layout, so neither depends on these.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,21 +30,16 @@ _PREFILL_TOKENS = 16_384
 """Prompt tokens of one prefill forward, so that its activations stay small beside the cache."""
 
 
-@dataclass(eq=False)
 class _Row:
-    """One completion in the making."""
+    """One completion in the making. `slot` is the position of its newest token, which is where that token's keys go."""
 
-    prompt: Prompt
-    index: int
-    uniforms: np.ndarray  # [max_tokens]
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish: FinishReason | None = None
-
-    @property
-    def last_slot(self) -> int:
-        """The position of the newest token, which is where its keys go."""
-        return len(self.prompt.ids) + len(self.tokens) - 1
+    def __init__(self, prompt: Prompt, index: int, sampling: Sampling) -> None:
+        self.prompt, self.index = prompt, index
+        self.uniforms = iter(uniforms(sampling, prompt.id, index).tolist())
+        self.slot = len(prompt.ids) - 1
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish: FinishReason | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class LocalEngine:
         Raises RolloutError for a prompt that is empty, too long or not of this vocabulary, and for logits that are not finite.
         """
         self._check(prompts, num_generations, sampling)
-        groups = [[_Row(p, i, uniforms(sampling, p.id, i)) for i in range(num_generations)] for p in prompts]
+        groups = [[_Row(p, i, sampling) for i in range(num_generations)] for p in prompts]
         jobs = self._jobs([row for group in groups for row in group], sampling.max_tokens)
         decoder = _PackedDecoder if self.packed else _PlainDecoder
         with self._inference():
@@ -175,7 +170,7 @@ class _Decoder:
         """Draws the next token of every unfinished row from hidden [B, d]; a step's one wait for the device is here."""
         u = None
         if self.sampling.temperature > 0:
-            numbers = [row.uniforms[min(len(row.tokens), self.sampling.max_tokens - 1)] for row in rows]
+            numbers = [next(row.uniforms, 0.0) for row in rows]  # finished rows may have used theirs up
             u = torch.tensor(numbers, dtype=torch.float64).to(self.device)
         tokens, logprobs = draw(self.module.head_logits(hidden), self.sampling, u)
         for row, token, logprob in zip(rows, *torch.stack((tokens.double(), logprobs.double())).tolist()):
@@ -192,6 +187,7 @@ class _Decoder:
             )
         row.tokens.append(token)
         row.logprobs.append(logprob)
+        row.slot += 1
         self.tokens += 1
         if token in self.engine.stop_token_ids:
             row.finish = "stop"
@@ -235,7 +231,7 @@ class _PackedDecoder(_Decoder):
         """Drops finished rows, then prefills new ones behind those that stay and draws their first tokens."""
         self.rows = [self.rows[i] for i in live]
         new = [row for job in admitted for row in job.rows]
-        self.cache.resize(live, len(new), self._capacity([row.last_slot for row in self.rows + new]))
+        self.cache.resize(live, len(new), self._capacity([row.slot for row in self.rows + new]))
         if not new:
             return
         hidden = []
@@ -262,7 +258,7 @@ class _PackedDecoder(_Decoder):
 
     def _step(self) -> None:
         """Runs the newest tokens of all rows through the model and draws the next ones (finished rows idle)."""
-        slots = [row.last_slot for row in self.rows]
+        slots = [row.slot for row in self.rows]
         if max(slots) >= self.cache.capacity:
             self.cache.resize(range(len(self.rows)), 0, self._capacity(slots))
         ids, positions = self._to_device(np.array([[row.tokens[-1] for row in self.rows], slots]))

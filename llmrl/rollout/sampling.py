@@ -42,11 +42,11 @@ def draw(logits: torch.Tensor, sampling: Sampling, u: torch.Tensor | None) -> tu
         logprobs = top - torch.logsumexp(logits, -1)
         return torch.where(logprobs.isfinite(), tokens, -1), logprobs
     top = logits.amax(-1, keepdim=True)
-    scaled = (logits - top).div_(sampling.temperature)
-    weights = _truncate(scaled.exp(), sampling)  # relative to the largest, which is 1
+    weights = (logits - top).div_(sampling.temperature).exp_()  # relative to the largest, which is 1
+    weights = _truncate(weights, sampling)
     assert u is not None
     tokens, total = _invert(weights, u)
-    logprobs = scaled.gather(1, tokens[:, None]).squeeze(1) - total.log().to(scaled.dtype)
+    logprobs = (weights.gather(1, tokens[:, None]).squeeze(1) / total).log()
     return torch.where(logprobs.isfinite(), tokens, -1), logprobs
 
 

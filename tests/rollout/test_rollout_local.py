@@ -234,9 +234,9 @@ def test_autocast_stores_the_cache_in_its_type_and_leaves_nothing_behind():
     model, types = make("qwen2"), set()
     allocate = DecodeCache._allocate
 
-    def spy(self, like):
-        types.add(allocate(self, like).dtype)
-        return allocate(self, like)
+    def spy(self, like, dtype):
+        types.add(dtype)
+        return allocate(self, like, dtype)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodeCache, "_allocate", spy)
