@@ -1,0 +1,279 @@
+"""The processes, the device, the precision and the optimizer step: the only code that knows how many processes there are.
+
+Losses that come in are weighted sums whose weights already count the whole update over all processes (design: one denominator,
+one place). DDP divides summed gradients by the number of processes; that division is undone here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llmrl.errors import ConfigError, DivergenceError
+from llmrl.train.collectives import TIMEOUT, Collectives, reduce_stats
+from llmrl.train.launch import check_launcher, check_world_size
+from llmrl.train.optim import build_optimizer, learning_rate_at, load_optimizer_tensors, optimizer_tensors
+from llmrl.train.state import rng_state, seed_everything, set_rng_state
+
+M = TypeVar("M")
+R = TypeVar("R")
+LossFn = Callable[[Any, M], tuple[torch.Tensor, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What one optimizer step did, the same on every process.
+
+    `grad_norm` is the global L2 norm before clipping; `skipped` says that no step was taken, because a loss or the gradient was
+    not finite or because no process had a microbatch. `sums` are the statistics of the loss function over microbatches and processes.
+    """
+
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+class Backend(Collectives):
+    """One process, or data-parallel ones (DDP over NCCL or gloo) that torchrun or `accelerate launch` started.
+
+    `config` has the keys of TrainFields and ModelFields. Making a Backend seeds every generator with `config.seed`, so that all
+    processes initialise alike; `prepare` then seeds each by its rank, so that their dropout differs.
+
+    Raises ConfigError when the launcher asks for FSDP, DeepSpeed or another precision, or when fewer or more processes came up
+    than asked for.
+    """
+
+    def __init__(self, config: Any) -> None:
+        check_launcher(os.environ, config.mixed_precision)
+        # Precision, wrapping and accumulation are done here, in the open; accelerate brings the process group and the trackers.
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=not torch.cuda.is_available(),
+            log_with=list(config.report_to) or None,
+            project_dir=config.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        )
+        state = self.accelerator.state
+        super().__init__(state.process_index, state.num_processes, state.device)
+        check_world_size(os.environ, self.world_size, config.num_processes)
+        if dist.is_initialized():
+            atexit.register(_close_process_group)
+        self.config = config
+        self.is_main = self.rank == 0
+        self.amp_dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.amp_dtype == torch.float16 else None
+        self.updates = 0
+        self.skipped_updates = 0
+        self._skipped_in_a_row = 0
+        seed_everything(config.seed)
+
+    def prepare(self, module: nn.Module, *, total_updates: int) -> nn.Module:
+        """Moves `module` to the device, wraps it and builds its optimizer; returns the wrapped module.
+
+        `total_updates` is the length of the learning-rate schedule. Raises ConfigError when nothing in it is trainable.
+        """
+        self.unwrapped = module.to(self.device)
+        self.optimizer = build_optimizer(self.unwrapped, self.config)
+        self.total_updates = total_updates
+        self.module: nn.Module = self.unwrapped
+        if self.world_size > 1:
+            self.module = DistributedDataParallel(
+                self.unwrapped,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        seed_everything(self.config.seed + self.rank)
+        return self.module
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that every forward runs in."""
+        return nullcontext() if self.amp_dtype is None else torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    def update(self, microbatches: Sequence[M], loss_fn: LossFn, empty: Callable[[], M]) -> UpdateStats:
+        """One optimizer step on the summed losses of every process's microbatches.
+
+        `loss_fn(module, microbatch)` returns the loss, a weighted sum over the whole update, and statistics by name: numbers or
+        scalar tensors that add up over microbatches and processes, except names that end in "/min" or "/max". A process with
+        fewer microbatches than another runs `empty()` ones, whose gradient must be 0; their statistics are left out.
+
+        A non-finite loss or gradient leaves parameters and optimizer untouched. Raises DivergenceError when that happened more
+        than `max_nonfinite_steps` times in a row (with fp16, while the loss scale can still fall, it is not counted).
+        """
+        rate = learning_rate_at(self.config, self.updates, self.total_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        count = self.global_max(len(microbatches))
+        if count == 0:
+            self.updates += 1
+            return UpdateStats(0.0, rate, skipped=True)
+        self.module.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, stats = self._accumulate(microbatches, count, loss_fn, empty)
+        norm, finite, sums = self._measure(losses, stats)
+        if finite:
+            self._step()
+        self.optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory for the rollouts
+        if self.scaler is not None:
+            self.scaler.update()
+        self.updates += 1
+        if finite:
+            self._skipped_in_a_row = 0
+        else:
+            self._count_skipped(norm, sums)
+        return UpdateStats(norm, rate, skipped=not finite, sums=sums)
+
+    def score(self, microbatches: Sequence[M], fn: Callable[[Any, M], R], empty: Callable[[], M]) -> list[R]:
+        """`fn(module, microbatch)` of each of this process's microbatches, without gradient and without dropout.
+
+        Every process makes the same number of forwards; results of `empty()` ones are dropped.
+        """
+        count = self.global_max(len(microbatches))
+        with torch.no_grad(), _evaluating(self.unwrapped):
+            results = []
+            for batch in _padded(microbatches, count, empty):
+                with self.autocast():
+                    results.append(fn(self.module, batch))
+        return results[: len(microbatches)]
+
+    def named_full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor) of every parameter, detached: the stream that rollout engines are fed with."""
+        for name, parameter in self.unwrapped.named_parameters():
+            yield name, parameter.detach()
+
+    def save_state(self, directory: Path, rng_states: Sequence[Mapping[str, Any]]) -> None:
+        """Writes optimizer, counters, loss scale and every process's generators (`gather_json(self.rng_state())`); rank 0 only."""
+        save_file(optimizer_tensors(self.optimizer, self.unwrapped), directory / "optimizer.safetensors")
+        state = {
+            "updates": self.updates,
+            "skipped_updates": self.skipped_updates,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "world_size": self.world_size,
+        }
+        (directory / "backend.json").write_text(json.dumps(state))
+        for rank, rng in enumerate(rng_states):
+            (directory / f"rng_{rank:05d}.json").write_text(json.dumps(rng))
+
+    def load_state(self, directory: Path) -> None:
+        """Continues from `save_state`, on every process. With another number of processes the generators are seeded anew."""
+        state = json.loads((directory / "backend.json").read_text())
+        load_optimizer_tensors(self.optimizer, self.unwrapped, load_file(directory / "optimizer.safetensors"))
+        self.updates, self.skipped_updates = state["updates"], state["skipped_updates"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        if state["world_size"] == self.world_size:
+            set_rng_state(json.loads((directory / f"rng_{self.rank:05d}.json").read_text()), self.device)
+        else:
+            seed_everything(self.config.seed + self.rank + self.world_size * self.updates)
+
+    def rng_state(self) -> dict[str, Any]:
+        """This process's random generators."""
+        return rng_state(self.device)
+
+    def _accumulate(
+        self, microbatches: Sequence[M], count: int, loss_fn: LossFn, empty: Callable[[], M]
+    ) -> tuple[list[torch.Tensor], list[tuple[str, torch.Tensor]]]:
+        """Forward and backward of all microbatches; gradients are reduced in the last backward only. Nothing waits for the device."""
+        losses, stats = [], []
+        for i, batch in enumerate(_padded(microbatches, count, empty)):
+            with self._no_sync() if i < count - 1 else nullcontext():
+                with self.autocast():
+                    loss, values = loss_fn(self.module, batch)
+                scaled = loss * self.world_size
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            losses.append(loss.detach())
+            if i < len(microbatches):
+                stats += [(name, torch.as_tensor(value).detach()) for name, value in values.items()]
+        return losses, stats
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()
+
+    def _measure(
+        self, losses: list[torch.Tensor], stats: list[tuple[str, torch.Tensor]]
+    ) -> tuple[float, bool, dict[str, float]]:
+        """(gradient norm before clipping, everything finite on every process, reduced statistics); clips. Waits for the device once."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = [p for p in trainable if p.grad is not None]
+        if self.world_size > 1 and len(parameters) < len(trainable):
+            self._refuse_unused()
+        limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        tensors = [norm, torch.stack(losses).sum(), *(value for _, value in stats)]
+        norm_value, loss_value, *values = torch.stack([t.to(self.device, torch.float64) for t in tensors]).tolist()
+        local: dict[str, list[float]] = {}
+        for (name, _), value in zip(stats, values, strict=True):
+            local.setdefault(name, []).append(value)
+        parts = self.gather_json([math.isfinite(norm_value) and math.isfinite(loss_value), local])
+        return norm_value, all(ok for ok, _ in parts), reduce_stats([part for _, part in parts])
+
+    def _refuse_unused(self) -> None:
+        """DDP reduces a bucket when all of it has a gradient: with an unused parameter, others would silently stay unreduced."""
+        unused = [n for n, p in self.unwrapped.named_parameters() if p.requires_grad and p.grad is None]
+        raise ConfigError(
+            f"{len(unused)} trainable parameter(s) got no gradient, which data-parallel training can't reduce: "
+            f"{', '.join(unused[:5])}. Freeze them (requires_grad False), or train in one process"
+        )
+
+    def _step(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+
+    def _count_skipped(self, norm: float, sums: Mapping[str, float]) -> None:
+        self.skipped_updates += 1
+        if self.scaler is not None and self.scaler.get_scale() >= 1.0 and math.isfinite(sum(sums.values())):
+            return  # fp16 looks for its scale by overflowing; it is halved each time, so this ends
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self.config.max_nonfinite_steps:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in sums.items()) or "none"
+            raise DivergenceError(
+                f"update {self.updates}: the loss or the gradient is not finite (gradient norm {norm}; statistics: {shown}), as in "
+                f"{self._skipped_in_a_row} updates in a row; max_nonfinite_steps allows {self.config.max_nonfinite_steps}. The "
+                "parameters are as they were before these updates. Lower learning_rate, set or lower max_grad_norm, use bf16 or "
+                "no mixed precision instead of fp16, and look for extreme values in rewards or data"
+            )
+
+
+def _padded(microbatches: Sequence[M], count: int, empty: Callable[[], M]) -> Iterator[M]:
+    yield from microbatches
+    for _ in range(count - len(microbatches)):
+        yield empty()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every submodule has the mode that it had."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def _close_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
