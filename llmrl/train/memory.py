@@ -45,9 +45,8 @@ def estimate_memory(
     head_chunk_bytes: int,
     cache_tokens: int = 0,
     decode_rows: int = 0,
-    processes: int = 1,
 ) -> MemoryEstimate:
-    """The terms for one of `processes` data-parallel processes.
+    """The terms for one process (data-parallel ones hold the same each).
 
     microbatch_tokens: tokens of the largest microbatch. cache_tokens, decode_rows: key-value slots and rows of the local
     engine at its fullest. Activations are those of a Llama-like block (see `activation_bytes`); other families differ a little.
@@ -72,15 +71,6 @@ def estimate_memory(
                 (shape.parameters - shape.embedding) * 2,
                 "training",
                 "16-bit copies of the weights, kept through a forward",
-            )
-        )
-    if processes > 1:
-        terms.append(
-            Term(
-                "buckets",
-                25 * 2**20 + 2**20,
-                "training",
-                "DDP's first and growing bucket; gradients are views of the rest",
             )
         )
     if isinstance(config, GRPOConfig) and config.beta > 0 and config.lora is None:

@@ -1,0 +1,48 @@
+"""Files that are there whole or not at all, even after a kill or a loss of power."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file or a directory to the disk. Opening for reading is enough, and all that a directory allows."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces `path` by a file with `text`: a reader, or a restart, finds the old content or the new."""
+    temporary = path.with_name(f".tmp_{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    fsync_path(temporary)
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Flushes every file below `directory`, and the directories that name them."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            fsync_path(Path(folder, name))
+        fsync_path(Path(folder))
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Moves a finished directory into its place, which an older one may occupy."""
+    fsync_tree(temporary)
+    if final.exists():
+        old = final.with_name(f".old_{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+        os.rename(temporary, final)
+        fsync_path(final.parent)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, final)
+        fsync_path(final.parent)
