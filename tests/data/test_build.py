@@ -184,6 +184,13 @@ def test_tools_that_the_template_ignores_are_reported(tokenizer):
     assert report.notes == () and texts(uses, examples)[0][0] == '[{"name": "f"}]' + CHAT[0]
 
 
+def test_null_keys_as_arrow_fills_them_in_do_not_reach_the_template(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages if 'name' in m %}{{ m.name }}{% endfor %}" + PLAIN
+    rows = [{"messages": [{**USER, "name": None}, ASSISTANT]}, {"messages": [{**USER, "name": "times"}, ASSISTANT]}]
+    assert [t for t, _ in texts(other, sft(rows, other)[0])] == [CHAT[0], "times" + CHAT[0]]
+
+
 def test_prompts(tokenizer):
     rows = rows_from([
         {"prompt": "the", "answer": "12", "completion": "c", "completion_ids": [1]},

@@ -251,6 +251,20 @@ def test_no_space_is_made_up_at_the_boundary(metaspace_tokenizer):
     )
 
 
+def test_turns_of_a_sentencepiece_like_tokenizer(metaspace_tokenizer):
+    template = (
+        "{% for m in messages %}{{ ('is ' + m.content) if m.role == 'user' else (' ' + m.content + '</s>\n') }}{% endfor %}"
+        "{{ '' if add_generation_prompt }}"
+    )
+    renderer = ChatRenderer(with_template(metaspace_tokenizer, template))
+    tokens = one(renderer, chat([{**m, "content": c} for m, c in zip(DIALOGUE, ("what", "that", "the", "answer"))]))
+    assert learned(renderer, tokens) == ["that</s>", "answer</s>"]
+    plain = with_template(metaspace_tokenizer, template.replace("</s>", "."))
+    (rendered,) = ChatRenderer(plain).render_supervised(chat(DIALOGUE[2:] * 2))
+    (tokens,) = ChatRenderer(plain).tokenise([rendered])
+    assert sum(len(plain(rendered.text[a:b])["input_ids"]) for a, b in rendered.spans) == tokens.loss_mask.sum()
+
+
 def test_text_gets_the_stop_token_once(tiny_tokenizer):
     renderer = ChatRenderer(tiny_tokenizer)
     for text in ("the answer", "the answer<|im_end|>"):
