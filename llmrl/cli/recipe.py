@@ -111,3 +111,8 @@ def _print_presets(console: Console) -> None:
         table.add_row(axis, *(show_plain(values[axis]) for values in GRPO_PRESETS.values()))
     console.print("\n[bold]Presets[/bold]")
     console.print(table)
+
+
+def heading(console: Console, text: str) -> None:
+    console.print()
+    console.print(Text(text, style="bold cyan"))
