@@ -10,21 +10,25 @@ from typing import Any
 from llmrl.errors import DataError
 
 MAX_NUMBER = 400  # characters of what is read as a plain number
-_NUMBER = r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
-_NUMBER_RE = re.compile(_NUMBER)
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?")
+_NUMBER_FIRST = re.compile(r"[-+]?\s*[$€£]?\s*(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?")
 _IN_TEXT = re.compile(r"(?<![\w.,])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)?(?:\.\d+)?(?=$|\D)")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 _MARKER = re.compile(r"(?:(?:final )?answer(?: is)?[*_]*[:：][*_]*|answer is[*_]*|####)", re.IGNORECASE)
 # A word after a number that makes it another number: such an answer is not "a number and its unit".
-_NOT_UNITS = frozenset(
-    (
-        "pi sqrt root log ln exp sin cos tan theta percent half third quarter dozen hundred thousand million billion trillion "
-        "or and to times plus minus over mod squared cubed factorial"
-    ).split()  # noqa: SIM905
+_NOT_UNITS = re.compile(
+    r"\b(?:pi|sqrt|root|log|ln|exp|sin|cos|tan|theta|percent|half|third|quarter|or|and|to|times|plus|minus|over|mod|squared|cubed"
+    r"|factorial)\b",
+    re.IGNORECASE,
 )
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = re.compile(r"[^A-Za-z]*(?:text|mathrm|mbox|textbf)?[^A-Za-z]*(" + "|".join(_SCALES) + r")s?\b", re.IGNORECASE)
 _UNIT = re.compile(
-    r"(?:\\?\s|~)*(?:\\(?:text|mathrm|mbox|textbf)\{\s*([A-Za-z .°]+)\}|(?<=\s)([A-Za-z][A-Za-z .°]+)|\^?\{?\\circ\}?|°)?\.?"
+    r"(?:\\?\s|~)*(?:\\(?:text|mathrm|mbox|textbf)\{\s*[A-Za-z .°]+\}"
+    r"|(?<=[\s~])(?:[A-Za-z]{3,}|[ckm]m|[km]g|m[li]|ft|in|oz|lb|hr)[A-Za-z .°]*|\^?\{?\\circ\}?|°)\.?"
 )
 _WRAPS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), (r"\displaystyle", ""))
+_STYLED = re.compile(r"\\(?:text|textbf|mathbf|mathrm|mbox)\{([^{}]*)\}")
 
 
 def last_boxed(text: str) -> str | None:
@@ -33,17 +37,16 @@ def last_boxed(text: str) -> str | None:
     Example: last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}") -> r"\frac{1}{2}"
     """
     end = len(text)
-    while (start := max(text.rfind(r"\boxed", 0, end), text.rfind(r"\fbox", 0, end))) >= 0:
-        opening = start + (6 if text.startswith(r"\boxed", start) else 5)
-        rest = text[opening : opening + 64].lstrip()
-        if rest.startswith("{"):
-            content = _braced(text, text.index("{", opening), end)
+    for box in reversed(list(_BOX.finditer(text))):
+        rest = text[box.end() : box.end() + 64]
+        if rest.lstrip().startswith("{"):
+            content = _braced(text, text.index("{", box.end()), end)
             if content is not None:
                 return content
-        elif opening < end and (plain := re.match(r"\s+([^\s$\\{}]{1,32})", text[opening : opening + 64])):
+        elif plain := re.match(r"\s+([^\s$\\{}]{1,32})", rest):
             return plain[1]
         # An unclosed box was cut off by the length limit: what is inside it is no answer, and the search goes on before it.
-        end = start
+        end = box.start()
     return None
 
 
@@ -85,40 +88,41 @@ def last_number(text: str) -> str | None:
 
 
 def final_answer(text: str, *, numeric: bool) -> str | None:
-    """The marked answer; where the reference is a number (`numeric`), also the last number of an unmarked text."""
+    """The marked answer; where the reference is a number (`numeric`), also the last number of an unmarked text.
+
+    A text that was cut off inside a box has no answer: of "\\boxed{42" nobody knows whether it would have been 420.
+    """
     marked = marked_answer(text)
-    return last_number(text) if marked is None and numeric else marked
+    return last_number(text) if marked is None and numeric and not _BOX.search(text) else marked
 
 
 def unwrap(answer: str) -> str:
     """The answer without surrounding white space, math delimiters, bold marks and a final full stop."""
-    before = None
     answer = answer.strip()
-    while answer != before:
+    for _ in range(16):  # bounded, so that a text of nothing but delimiters stays cheap
         before = answer
         for opening, closing in _WRAPS:
-            inside = len(answer) > len(opening) + len(closing)
-            if inside and answer.startswith(opening) and answer.endswith(closing) and (closing or opening != answer):
+            if len(answer) > len(opening) + len(closing) and answer.startswith(opening) and answer.endswith(closing):
                 answer = answer[len(opening) : len(answer) - len(closing)].strip()
         if answer.endswith(".") and not answer.endswith(r"\."):
             answer = answer[:-1].rstrip()
+        if answer == before:
+            break
     return answer
 
 
 def number_of(answer: str) -> Fraction | None:
     r"""The exact value of a plain number: signs, thousands commas, leading zeros and a currency sign are understood. None for all else.
 
-    Example: number_of("1,000") == 1000; number_of("073") == 73; number_of("27.0") == 27; number_of("x") is None
+    Example: number_of("1,000") == 1000; number_of(r"\textbf{(073)}") == 73; number_of("27.0") == 27; number_of("x") is None
     """
-    text = unwrap(answer).replace("−", "-").replace(r"\!", "").replace(r"{,}", ",").replace(r"\$", "$")
-    text = re.sub(r"^([-+]?)\s*[$€£]\s*", r"\1", text)
-    text = re.sub(r"\.$", "", text)
+    text = re.sub(r"^([-+]?)\s*[$€£]\s*", r"\1", _plain_latex(answer))
+    mantissa = text.lower().partition("e")[0]
     if (
-        not text
-        or len(text) > MAX_NUMBER
+        len(text) > MAX_NUMBER
         or not text.isascii()
-        or not _NUMBER_RE.fullmatch(text)
-        or not any(c.isdigit() for c in text)
+        or not _NUMBER.fullmatch(text)
+        or not any(map(str.isdigit, mantissa))
     ):
         return None
     return Fraction(text.replace(",", ""))
@@ -127,16 +131,31 @@ def number_of(answer: str) -> Fraction | None:
 def number_with_unit(answer: str) -> Fraction | None:
     r"""As `number_of`, with a unit in words or degrees after the number: "5 apples", r"12\text{ km}", r"90^\circ".
 
-    Example: number_with_unit("5 apples") == 5; number_with_unit("5 pi") is None
+    Example: number_with_unit("5 apples") == 5; number_with_unit("5 million") == 5_000_000; number_with_unit("5 pi") is None
     """
-    text = unwrap(answer).replace(r"\!", "").replace(r"{,}", ",").replace(r"\$", "$")
-    number = re.match(r"[-+−]?\s*[$€£]?\s*(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?", text[:MAX_NUMBER])
-    if number is None or not number[0]:
+    value = number_of(answer)
+    if value is not None:
+        return value
+    text = _plain_latex(answer)
+    number = _NUMBER_FIRST.match(text[:MAX_NUMBER])
+    if number is None or len(text) - number.end() > 64:
         return None
-    unit = _UNIT.fullmatch(text[number.end() : number.end() + 64]) if len(text) - number.end() <= 64 else None
-    if unit is None or _NOT_UNITS & set((unit[1] or unit[2] or "").lower().replace(".", " ").split()):
+    unit = _UNIT.fullmatch(text, number.end())
+    value = number_of(number[0])
+    if unit is None or value is None or _NOT_UNITS.search(unit[0]):
         return None
-    return number_of(number[0])
+    scale = _SCALE.match(unit[0])
+    return value * (_SCALES[scale[1].lower()] if scale else 1)
+
+
+def _plain_latex(answer: str) -> str:
+    """The answer without spacing commands, escapes and a text style around all of it: r"\textbf{(073)}" becomes "073"."""
+    text = unwrap(answer)
+    styled = _STYLED.fullmatch(text)
+    text = styled[1].strip(" ()") if styled else text
+    for latex, simple in (("−", "-"), (r"\!", ""), (r"\,", ""), ("{,}", ","), (r"\$", "$")):
+        text = text.replace(latex, simple)
+    return text
 
 
 def gold_answer(columns: Mapping[str, Any], column: str | None) -> str:
@@ -159,7 +178,9 @@ def gold_answer(columns: Mapping[str, Any], column: str | None) -> str:
     answer = text if answer is None else answer
     if not unwrap(answer):
         raise DataError("the reference answer is empty")
-    if len(answer) > 1000 or answer.count("\n") > 3:
+    # A worked solution without a mark: parsing all of it as one formula would be slow, and right by accident only.
+    prose = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", answer)) > 15 or ("\n" in answer and r"\begin" not in answer)
+    if len(answer) > 600 or prose:
         raise DataError(f"no final answer is marked in this text of {len(answer)} characters: {answer[:80]!r}")
     return unwrap(answer)
 
@@ -170,8 +191,7 @@ def same_text(a: str, b: str) -> bool:
 
 
 def _canonical(answer: str) -> str:
-    text = unwrap(answer)
-    text = re.sub(r"\\(?:text|mathrm|mbox|textbf)\{([^{}]*)\}", r"\1", text)
+    text = _STYLED.sub(r"\1", unwrap(answer))
     text = text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").replace(r"\left", "").replace(r"\right", "")
     text = re.sub(r"\\[,;:!]|\\ |\s|~", "", text).replace("−", "-")
     # Single letters are names of variables, in which case matters; words are not.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmrl.errors import DataError
-from llmrl.rewards.answer import final_answer, gold_answer, number_of, number_with_unit, same_text
+from llmrl.rewards.answer import final_answer, gold_answer, number_with_unit, same_text
 from llmrl.rewards.base import row_verifier
 
 
@@ -32,7 +32,7 @@ def exact_match(completion: str, *, column: str | None = None, **columns: Any) -
         gold = gold_answer(columns, column)
     except DataError:
         return None
-    number = number_of(gold)
+    number = number_with_unit(gold)
     answer = final_answer(completion, numeric=number is not None)
     if answer is None:
         return 0.0

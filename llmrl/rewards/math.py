@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from llmrl.errors import DataError
-from llmrl.rewards.answer import final_answer, gold_answer, number_of, number_with_unit, same_text
+from llmrl.rewards.answer import final_answer, gold_answer, number_with_unit, same_text
 from llmrl.rewards.base import row_verifier
 
 # An answer may be this much longer than its reference; longer ones are no final answers, and slow to parse.
@@ -24,7 +24,7 @@ def check_gold(*, column: str | None = None, **columns: Any) -> str | None:
         gold = gold_answer(columns, column)
     except DataError as error:
         return str(error)
-    if number_of(gold) is not None:
+    if number_with_unit(gold) is not None:
         return None
     parsed = _parse_gold(gold)
     if not parsed:
@@ -52,7 +52,7 @@ def math_answer(completion: str, *, column: str | None = None, **columns: Any) -
         gold = gold_answer(columns, column)
     except DataError:
         return None
-    number = number_of(gold)
+    number = number_with_unit(gold)
     answer = final_answer(completion, numeric=number is not None)
     if answer is None:
         return 0.0
