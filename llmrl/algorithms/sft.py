@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ class SFTTrainer(Trainer):
     def _examples(self, train: Any, evaluation: Any) -> tuple[list[Example], list[Example]]:
         config = self.config
         if _tokenised(train) and (evaluation is None or _tokenised(evaluation)):
-            return list(train), list(evaluation or [])
+            return _as_units(train), _as_units(evaluation or [])
         rows = rows_from(train) if train is not None else load_rows(config.dataset, seed=config.seed)
         require(len(rows), "no training rows: give `dataset` in the recipe or train_dataset")
         held_out = None
@@ -107,11 +108,16 @@ class SFTTrainer(Trainer):
             held_out = load_rows(config.eval_dataset, seed=config.seed)
         elif config.eval_fraction:
             rows, held_out = split(rows, config.eval_fraction, seed=config.seed)
-        examples, self.report = build_sft_examples(rows, self.tokenizer, config, self.stop_ids)
-        if not held_out:
-            return examples, []
-        return examples, build_sft_examples(held_out, self.tokenizer, config, self.stop_ids)[0]
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        build = partial(build_sft_examples, tokenizer=self.tokenizer, config=config, stop_ids=self.stop_ids, max_length=limit)
+        examples, self.report = build(rows)
+        return examples, build(held_out)[0] if held_out else []
 
 
 def _tokenised(rows: Any) -> bool:
     return isinstance(rows, Sequence) and len(rows) > 0 and isinstance(rows[0], Example)
+
+
+def _as_units(examples: Sequence[Example]) -> list[Example]:
+    """Each example a unit of its own, whatever its maker wrote: microbatches are cut between units."""
+    return [replace(e, unit=i) for i, e in enumerate(examples)]

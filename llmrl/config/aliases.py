@@ -136,7 +136,8 @@ _SFT = {
     "assistant_only_loss": "leave it out: train_on: completion supervises every assistant turn of a conversation",
     "train_on_prompt": "write train_on: all",
     "mask_history": "not available in this version: every assistant turn is supervised",
-    "preprocessing_num_workers": "write dataset_num_proc",
+    "preprocessing_num_workers": "delete it: rows are tokenised in batches, in parallel threads",
+    "dataset_num_proc": "delete it: rows are tokenised in batches, in parallel threads",
     "dpo_beta": "preference training is not available in this version",
 }
 

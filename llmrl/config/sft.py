@@ -25,4 +25,3 @@ class SFTConfig(Recipe, ModelFields, DataFields, TrainFields):
     loss_type: Literal["nll", "dft"] = Field(
         "nll", description="nll; dft weighs each token by its own probability (arXiv 2508.05629)"
     )
-    dataset_num_proc: int | None = Field(None, ge=1, description="processes that render and tokenise rows")

@@ -12,13 +12,6 @@ def importance_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, cap: floa
     return (old_logprobs - sampled_logprobs).detach().exp().clamp(max=cap)
 
 
-def effective_sample_size(weights: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2) of importance weights [n]: 1 when all are equal, 1/n when one has it all; 1 for n = 0."""
-    if weights.numel() == 0:
-        return weights.new_ones(())
-    return weights.sum().square() / (weights.square().sum() * weights.numel())
-
-
 def sampling_stats(
     old_logprobs: Tensor, sampled_logprobs: Tensor, weights: Tensor, token_share: float
 ) -> dict[str, Tensor]:

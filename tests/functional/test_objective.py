@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmrl.functional.importance import effective_sample_size, importance_weights, sampling_stats
+from llmrl.functional.importance import importance_weights, sampling_stats
 from llmrl.functional.kl import KL_ESTIMATORS, kl_estimate
 from llmrl.functional.masks import top_entropy_threshold
 from llmrl.functional.objective import ObjectiveSettings, policy_objective
@@ -106,12 +106,6 @@ def test_importance_weights_are_truncated_and_detached():
     w = importance_weights(t(-1.0, -1.0, -2.0, grad=True), t(-1.0, -3.0, -1.0), cap=2.0)
     assert w.tolist() == pytest.approx([1.0, 2.0, math.exp(-1)])
     assert not w.requires_grad
-
-
-def test_effective_sample_size():
-    assert effective_sample_size(t(2.0, 2.0, 2.0, 2.0)).item() == 1.0
-    assert effective_sample_size(t(1.0, 0.0, 0.0, 0.0)).item() == 0.25
-    assert effective_sample_size(t()).item() == 1.0
 
 
 def test_sampling_stats_leave_out_idle_tokens():
@@ -253,3 +247,21 @@ def test_missing_inputs_are_refused():
     for missing in ("ref_logprobs", "entropy"):
         with pytest.raises(ValueError, match=missing):
             policy_objective(**{**data, missing: None}, num_sequences=4, token_share=1.0, settings=FULL)
+
+
+def test_a_token_of_weight_zero_stays_finite_however_unlikely_it_is():
+    logprobs = t(-200.0, -1.0).requires_grad_()
+    loss, stats = policy_objective(
+        logprobs,
+        old_logprobs=t(0.0, -1.0),
+        ref_logprobs=t(0.0, -1.5),
+        advantages=t(0.0, 1.0),
+        weights=t(0.0, 1.0),
+        sequence=torch.tensor([0, 1]),
+        num_sequences=2,
+        token_share=1.0,
+        settings=ObjectiveSettings(beta=0.04),
+    )
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all() and logprobs.grad[0] == 0
+    assert all(torch.isfinite(value) for value in stats.values())
