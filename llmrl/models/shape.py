@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -13,7 +12,8 @@ from torch import nn
 class ModelShape:
     """Counts of parameters (`embedding`: those of the input table; `trainable`: with LoRA the adapters') and widths.
 
-    `query_width` and `kv_width` are heads x head size; `positions` is the longest sequence, None where there is no bound.
+    `query_width` and `kv_width` are heads x head size, `norm_width` is that of all norms of one layer together; `positions` is the
+    longest sequence, None where there is no bound.
     """
 
     parameters: int
@@ -24,6 +24,7 @@ class ModelShape:
     intermediate: int
     query_width: int
     kv_width: int
+    norm_width: int
     vocab: int
     positions: int | None
 
@@ -33,6 +34,7 @@ def shape_of(model: nn.Module) -> ModelShape:
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query, kv = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     seen = {id(p): p for p in model.parameters()}.values()  # tied weights once
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     return ModelShape(
@@ -42,14 +44,16 @@ def shape_of(model: nn.Module) -> ModelShape:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        query_width=heads * head_dim,
-        kv_width=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        query_width=query,
+        kv_width=kv,
+        norm_width=_norm_width(model, config, query, kv),
         vocab=embedding.shape[0],
         positions=getattr(config, "max_position_embeddings", None),
     )
 
 
-def on_meta(build: Any) -> nn.Module:
-    """Calls `build` with parameters on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return build()
+def _norm_width(model: nn.Module, config: Any, query: int, kv: int) -> int:
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
+    names = [name for name, m in layers[0].named_modules() if "norm" in type(m).__name__.lower()]
+    special = {"q_norm": query, "k_norm": kv}
+    return sum(special.get(name.rpartition(".")[2], config.hidden_size) for name in names)

@@ -1,0 +1,102 @@
+"""The memory estimate against what autograd really keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from llmrl.config.grpo import GRPOConfig
+from llmrl.config.sft import SFTConfig
+from llmrl.models.shape import shape_of
+from llmrl.train.memory import activation_bytes, estimate_memory
+
+TOKENS = 512
+BASE = {"model_name_or_path": "m", "output_dir": "o"}
+
+
+def _model(family=Qwen2Config, **extra):
+    config = family(
+        vocab_size=1000, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=2, tie_word_embeddings=True, **extra,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).float()
+
+
+def _kept(model, autocast):
+    """Bytes that autograd holds after a forward of the backbone, without parameters and their 16-bit copies."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters and TOKENS in tensor.shape:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(0, 1000, (1, TOKENS))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        model.model(input_ids=ids)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize(("family", "extra"), [(Qwen2Config, {}), (LlamaConfig, {}), (Qwen3Config, {"head_dim": 64})])
+def test_activations(family, extra, mixed_precision):
+    model = _model(family, **extra).train()
+    config = SFTConfig(**BASE, mixed_precision=mixed_precision)
+    estimate = activation_bytes(config, shape_of(model), TOKENS)
+    assert estimate == pytest.approx(_kept(model, mixed_precision != "no"), rel=0.12)
+
+
+def test_shape_counts_tied_weights_once_and_needs_no_memory():
+    model = _model()
+    shape = shape_of(model)
+    assert shape.parameters == shape.trainable == sum(p.numel() for p in model.parameters())
+    assert (shape.layers, shape.query_width, shape.kv_width, shape.norm_width, shape.embedding) == (
+        6,
+        256,
+        64,
+        512,
+        256_000,
+    )
+    with torch.device("meta"):
+        assert shape_of(AutoModelForCausalLM.from_config(model.config)) == shape
+
+
+def _bytes(config, **kw):
+    estimate = estimate_memory(config, shape_of(_model()), microbatch_tokens=100, head_chunk_bytes=1000, **kw)
+    return {t.name: t.bytes for t in estimate.terms}, estimate.peak
+
+
+def test_terms_of_full_training():
+    shape = shape_of(_model())
+    terms, peak = _bytes(SFTConfig(**BASE))
+    assert terms["weights"] == terms["gradients"] == 4 * shape.parameters
+    assert terms["optimizer"] == 8 * shape.parameters
+    assert terms["head"] == 3000
+    assert peak == sum(terms.values())
+    assert _bytes(SFTConfig(**BASE, dtype="bfloat16"))[0]["optimizer"] == 4 * shape.parameters
+
+
+def test_a_reference_is_counted_only_where_there_is_one():
+    assert "reference" in _bytes(GRPOConfig(**BASE))[0]
+    assert "reference" not in _bytes(GRPOConfig(**BASE, beta=0.0))[0]
+    assert "reference" not in _bytes(GRPOConfig(**BASE, lora={}))[0]
+
+
+def test_sampling_and_training_do_not_add_up():
+    terms, peak = _bytes(GRPOConfig(**BASE, beta=0.0), cache_tokens=10**6, decode_rows=10)
+    always = terms["weights"] + terms["optimizer"]
+    sampling = terms["key-value cache"] + terms["sampling logits"]
+    assert terms["key-value cache"] == 10**6 * 2 * 6 * 64 * 4
+    assert peak == always + sampling > always + terms["gradients"]
+
+
+def test_checkpointing_and_microbatches_bound_activations():
+    few = activation_bytes(SFTConfig(**BASE, gradient_checkpointing=True), shape_of(_model()), 100)
+    all_of_it = activation_bytes(SFTConfig(**BASE), shape_of(_model()), 100)
+    assert few < all_of_it / 3
+    assert activation_bytes(SFTConfig(**BASE), shape_of(_model()), 200) == 2 * all_of_it
