@@ -114,6 +114,8 @@ class Slots:
     def get_seq_length(self, *_):
         return self.used
 
+    get_query_offset = get_seq_length
+
     def get_mask_sizes(self, length, *_):
         return self.used + length, 0
 

@@ -38,7 +38,7 @@ def memory_mb(peak: bool = False) -> float:
 
 
 class Meter:
-    """CPU and wall seconds of a block, and peak memory of the process over `baseline`, which is taken when the meter is made."""
+    """CPU and wall seconds of a piece of work, and peak memory of the process over `baseline`, which is taken when the meter is made."""
 
     def __init__(self) -> None:
         import torch
@@ -47,11 +47,18 @@ class Meter:
         self.baseline = memory_mb()
         self.cpu = self.wall = 0.0
 
+    def start(self) -> None:
+        self._cpu, self._wall = cpu_seconds(), time.perf_counter()
+
+    def stop(self) -> None:
+        """May be called again, while the work goes on: the last call counts."""
+        self.cpu, self.wall = cpu_seconds() - self._cpu, time.perf_counter() - self._wall
+
     @contextmanager
     def running(self) -> Iterator[None]:
-        cpu, wall = cpu_seconds(), time.perf_counter()
+        self.start()
         yield
-        self.cpu, self.wall = cpu_seconds() - cpu, time.perf_counter() - wall
+        self.stop()
 
     def report(self, **values: object) -> None:
         """One JSON line on standard output, which `run.py` reads."""

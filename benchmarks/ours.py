@@ -1,0 +1,74 @@
+"""One measurement of llmrl in this process; prints one RESULT line. Arguments as in peer.py.
+
+Seconds end with the last step: the final checkpoint and model, which the peer is told not to write, are not counted on either side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+
+import measure  # first: fixes the threads
+import tasks
+import torch
+from assets import build, rows, sft_rows
+
+from llmrl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+COMMON = {"lr_scheduler_type": "constant", "max_grad_norm": 1.0, "num_samples_logged": 0, "seed": 0}
+
+
+class Watch:
+    """A callback that stops the clock at the end of every step, and keeps what was logged."""
+
+    def __init__(self, meter: measure.Meter) -> None:
+        self.meter, self.logged = meter, []
+
+    def on_step_end(self, trainer, step, metrics) -> None:
+        self.meter.stop()
+        self.logged.append(metrics)
+
+
+def main() -> None:
+    args = tasks.arguments()
+    meter = measure.Meter()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as out:
+        (sft if args.task == "sft" else grpo)(args, meter, str(build() / f"model-{args.model}"), out)
+
+
+def sft(args: argparse.Namespace, meter: measure.Meter, model: str, out: str) -> None:
+    config = SFTConfig(
+        model_name_or_path=model, output_dir=out, batch_size=args.batch_size, tokens_per_microbatch=2048, num_train_epochs=1.0,
+        learning_rate=1e-4, max_length=1024, **COMMON,
+    )  # fmt: skip
+    watch = Watch(meter)
+    trainer = SFTTrainer(config, train_dataset=sft_rows(args.rows), callbacks=[watch])
+    loss_tokens = sum(int(e.loss_mask.sum()) for e in trainer.examples)
+    meter.start()
+    trainer.train()
+    logged = watch.logged
+    meter.report(
+        tokens=logged[-1]["num_tokens"], loss_tokens=loss_tokens, steps=len(logged), first_loss=logged[0]["loss"],
+        final_loss=logged[-1]["loss"],
+    )  # fmt: skip
+
+
+def grpo(args: argparse.Namespace, meter: measure.Meter, model: str, out: str) -> None:
+    # the dapo loss alone, as the peer runs it: no dynamic sampling, no clip-higher
+    config = GRPOConfig(
+        model_name_or_path=model, output_dir=out, preset="dapo", group_filter="none", epsilon_high=None, beta=args.beta,
+        batch_size=tasks.PROMPTS, num_generations=tasks.GENERATIONS, max_completion_length=tasks.NEW_TOKENS, max_steps=args.steps,
+        tokens_per_microbatch=2048, learning_rate=1e-5, **COMMON,
+    )  # fmt: skip
+    watch = Watch(meter)
+    trainer = GRPOTrainer(config, train_dataset=rows("prompts", 64), reward_funcs=tasks.digit_share, callbacks=[watch])
+    meter.start()
+    trainer.train()
+    logged = watch.logged
+    new = sum(m["completions/mean_length"] for m in logged) * tasks.PROMPTS * tasks.GENERATIONS
+    meter.report(tokens=round(new), steps=len(logged), first_loss=logged[0]["loss"], final_loss=logged[-1]["loss"])
+
+
+if __name__ == "__main__":
+    main()
