@@ -100,7 +100,7 @@ class PolicyModule(nn.Module):
             hidden = self.backbone(
                 input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, layout=layout
             ).last_hidden_state[0]
-            self._check_packed(layout)
+            self.check_packed(layout)
             return hidden
         documents = batch.input_ids.split(layout.lengths)
         return torch.cat([self.backbone(input_ids=d[None], use_cache=False).last_hidden_state[0] for d in documents])
@@ -109,7 +109,8 @@ class PolicyModule(nn.Module):
         """[..., V] float32 logits at temperature 1 from hidden [..., D], for sampling."""
         return self.head.logits(hidden)
 
-    def _check_packed(self, layout: PackedLayout) -> None:
+    def check_packed(self, layout: PackedLayout) -> None:
+        """Raises ConfigError unless every attention layer of the last forward used this layout."""
         config = self._parts[0].config.get_text_config()
         if len(layout.windows) != config.num_hidden_layers:
             raise ConfigError(
@@ -154,14 +155,10 @@ class PolicyModule(nn.Module):
             got = self.head.logits(self.hidden_states(batch))
             if self.packing == "packed":
                 self._check_windows(name)
-        if not torch.isfinite(want).all():
-            raise ConfigError(
-                f"The logits of {name} are not finite: its weights are damaged or overflow in {base.dtype}"
-            )
         want = want.to(got.dtype)
         gap = float((got - want).norm() / want.norm().clamp_min(1e-30))
         bound = 0.05 if base.dtype in (torch.bfloat16, torch.float16) else 1e-2 if device.type != "cpu" else 1e-4
-        if gap > bound:
+        if gap > bound:  # weights that are not finite compare as neither; training and sampling name them
             raise ConfigError(
                 f"The logits of {name} differ by {gap:.2g} (relative) from what llmrl computes from its hidden states: its output "
                 "layer or its attention does something that llmrl does not know. It can't be trained here."
