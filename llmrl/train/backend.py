@@ -29,6 +29,7 @@ from llmrl.train.collectives import TIMEOUT, Collectives, reduce_stats
 from llmrl.train.launch import check_launcher, check_world_size
 from llmrl.train.optim import build_optimizer, learning_rate_at, load_optimizer_tensors, optimizer_tensors
 from llmrl.train.state import rng_state, seed_everything, set_rng_state
+from llmrl.train.trackers import check_trackers
 
 M = TypeVar("M")
 R = TypeVar("R")
@@ -61,12 +62,13 @@ class Backend(Collectives):
 
     def __init__(self, config: Any) -> None:
         check_launcher(os.environ, config.mixed_precision)
+        check_trackers(config.report_to)
         # Precision, wrapping and accumulation are done here, in the open; accelerate brings the process group and the trackers.
         self.accelerator = Accelerator(
             mixed_precision="no",
             cpu=not torch.cuda.is_available(),
             log_with=list(config.report_to) or None,
-            project_dir=config.output_dir,
+            project_dir=str(Path(config.output_dir, "trackers")),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
         state = self.accelerator.state
