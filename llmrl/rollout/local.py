@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from llmrl.errors import RolloutError
-from llmrl.models.attention import PackedLayout, packing_support
+from llmrl.models.attention import PackedLayout
 from llmrl.models.decode import BLOCK, DecodeCache, DecodeLayout
 from llmrl.models.forward import PolicyModule
 from llmrl.rollout.sampling import draw, uniforms
@@ -78,8 +78,7 @@ class LocalEngine:
         self.autocast = autocast
         self.progress = progress
         self.version = 0
-        self.config = self.module.model.config.get_text_config()
-        self.packed = packing_support(self.module.model.config) == "packed"
+        self.config: Any = self.module.model.config.get_text_config()  # type: ignore[operator, union-attr]
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Sets the version that completions carry; the weights are the trainer's own and `named_tensors` is not read."""
@@ -94,7 +93,7 @@ class LocalEngine:
         self._check(prompts, num_generations, sampling)
         groups = [[_Row(p, i, sampling) for i in range(num_generations)] for p in prompts]
         jobs = self._jobs([row for group in groups for row in group], sampling.max_tokens)
-        decoder = _PackedDecoder if self.packed else _PlainDecoder
+        decoder = _PackedDecoder if self.module.packing == "packed" else _PlainDecoder
         with self._inference():
             decoder(self, sampling).run(jobs)
         return self._rollouts(groups)
@@ -254,6 +253,7 @@ class _PackedDecoder(_Decoder):
         layout = PackedLayout(torch.tensor(bounds, dtype=torch.int32, device=self.device), bounds, longest)
         self.cache.begin_prefill(first_row, self._to_device(source))
         hidden = self._hidden(self._to_device(ids)[None], self._to_device(positions)[None], layout)
+        self.module.check_packed(layout)
         return hidden[0, self._to_device(last)]
 
     def _step(self) -> None:

@@ -7,10 +7,10 @@ import random
 
 import pytest
 import torch
-from llmrl.models.forward import PolicyModule
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmrl.errors import RolloutError
+from llmrl.models.forward import PolicyModule
 from llmrl.rollout.local import LocalEngine
 from llmrl.types import Prompt, Sampling
 
@@ -29,7 +29,9 @@ FAMILIES = {
     "gemma3_text": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4},
     "phi3": {"sliding_window": None, "tie_word_embeddings": False},
     "phi": {"partial_rotary_factor": 0.5, "tie_word_embeddings": False},  # the head has a bias
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},  # learned positions: not packed
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},  # learned positions
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},  # not packed
+    "bloom": {"n_layer": 2, "n_head": 4},  # ALiBi: not packed
 }  # fmt: skip
 
 
@@ -76,6 +78,11 @@ def recomputed(model, rollout, temperature: float) -> torch.Tensor:
     return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
 
 
+def test_the_cases_cover_both_ways_of_decoding():
+    ways = {family: PolicyModule(make(family)).packing for family in FAMILIES}
+    assert {f for f, way in ways.items() if way == "one_by_one"} == {"lfm2", "bloom"}
+
+
 def generated(model, prompt: Prompt, stops) -> tuple[int, ...]:
     """What transformers' generate continues a prompt with, greedily."""
     row = torch.tensor([prompt.ids])
@@ -111,7 +118,7 @@ def test_sampled_logprobs_equal_a_plain_forward(family, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "phi", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "phi", "gpt2", "lfm2", "bloom"])
 def test_sampled_logprobs_equal_the_trainers(family, temperature):
     import numpy as np
 
@@ -131,7 +138,7 @@ def test_sampled_logprobs_equal_the_trainers(family, temperature):
     assert (scores.logprobs - sampled).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "lfm2"])
 def test_rollouts_do_not_depend_on_what_else_is_in_the_batch(family):
     model, ours, sampling = make(family), prompts(7), Sampling(40, temperature=1.0, top_p=0.98, seed=5, step=2)
     whole = engine(model).generate(ours, 3, sampling)
@@ -304,13 +311,14 @@ def test_bad_input_is_told_by_prompt_before_work_starts(prompt, sampling, messag
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen2", "lfm2"])
 def test_logits_that_are_not_finite_stop_the_rollout(family, temperature):
     model = make(family)
+    ours = engine(model)
     with torch.no_grad():
         model.get_input_embeddings().weight[50] = float("nan")
     with pytest.raises(RolloutError, match=r"'bad'.*not finite"):
-        engine(model).generate([Prompt("bad", (8, 50, 9), "")], 2, Sampling(4, temperature=temperature))
+        ours.generate([Prompt("bad", (8, 50, 9), "")], 2, Sampling(4, temperature=temperature))
     assert torch.is_grad_enabled()
 
 
