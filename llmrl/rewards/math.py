@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from typing import Any
 
 from llmrl.errors import DataError
@@ -90,6 +91,9 @@ def _parse(answer: str) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 
     _quiet()
+    answer = re.sub(r"(?<=\d),?\\[!,](?=\d{3})|^\\approx", "", answer)
+    # math-verify takes a letter after a space for a unit: of "a + b + c" it would keep "a +".
+    answer = re.sub(r"(?<=[-+=*/^]) +| +(?=[-+=*/^])", "", answer)
     found = parse(f"\\boxed{{{answer}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
     # Only text came back: the answer could not be read as LaTeX. Comparing texts has been done before, more leniently.
     return found if found and not isinstance(found[0], str) else []

@@ -22,7 +22,7 @@ T = TypeVar("T")
 class WorkerPool:
     """`size` workers that have loaded one function. Not for use from two threads at once.
 
-    setup: {"target", "args", "name", "memory_bytes"} as `llmrl.rewards.worker` reads it.
+    setup: {"target", "args", "name", "memory_bytes": {"row", "batch"}} as `llmrl.rewards.worker` reads it.
     """
 
     def __init__(self, setup: Mapping[str, Any], size: int) -> None:

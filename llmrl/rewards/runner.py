@@ -178,20 +178,19 @@ class RewardRunner:
             assert bound is not None
             pool, description = None, bound.describe()
         else:
-            memory = spec.memory_gb if spec.memory_gb is not None else ROW_MEMORY_GB if bound is not None else None
-            pool = self._start_pool(spec, name, memory)
+            pool = self._start_pool(spec, name)
             description = pool.description
-            if description["rowwise"] and memory is None:
-                # Only its worker could say that this function is a row verifier: start again, with a row verifier's limit.
-                pool.close()
-                pool = self._start_pool(spec, name, ROW_MEMORY_GB)
             if description["rowwise"]:
                 pool.grow(self._workers)
         seconds = spec.timeout or (ROW_SECONDS if description["rowwise"] else BATCH_SECONDS)
         return RewardFunction(name, spec.weight, seconds, description, bound if here else None, pool)
 
-    def _start_pool(self, spec: RewardSpec, name: str, memory_gb: float | None) -> WorkerPool:
-        memory = None if memory_gb is None else int(memory_gb * 2**30)
+    @staticmethod
+    def _start_pool(spec: RewardSpec, name: str) -> WorkerPool:
+        memory = {
+            kind: None if gb is None else int(gb * 2**30)
+            for kind, gb in (("row", spec.memory_gb or ROW_MEMORY_GB), ("batch", spec.memory_gb))
+        }
         return WorkerPool({"target": spec.function, "args": spec.args, "name": name, "memory_bytes": memory}, 1)
 
     def _adopt(self, item: Any) -> RewardFunction:
@@ -331,10 +330,11 @@ def _later(
 
 
 def _as_list(reward_funcs: Any) -> list[Any]:
-    """TRL takes one function or several. A tuple is a (function, weight) pair, except the empty one."""
-    if reward_funcs is None or reward_funcs == ():
+    """TRL takes one function or several; a tuple that ends in a number is one (function, weight) pair."""
+    if reward_funcs is None:
         return []
-    return list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+    pair = isinstance(reward_funcs, tuple) and len(reward_funcs) == 2 and isinstance(reward_funcs[1], int | float)
+    return list(reward_funcs) if isinstance(reward_funcs, list | tuple) and not pair else [reward_funcs]
 
 
 def _close_all(functions: list[RewardFunction], inline: InlineRunner) -> None:

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     except LLMRLError as error:
         write_message(results, {"refused": type(error).__name__, "message": str(error)})
         return 1
-    _limit_memory(setup["memory_bytes"])
+    _limit_memory(setup["memory_bytes"]["row" if bound.rowwise else "batch"])
     write_message(results, {"ready": bound.describe()})
     _serve(bound, tasks, results)
     return 0
