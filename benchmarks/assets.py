@@ -80,8 +80,8 @@ def _save_models(out: Path, tokenizer) -> None:
             num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
             eos_token_id=tokenizer.convert_tokens_to_ids(END), pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
+        # The tokenizer stays in its own folder: beside a Qwen2 config, AutoTokenizer would replace its pre-tokenizer by Qwen2's.
         AutoModelForCausalLM.from_config(config).float().save_pretrained(out / f"model-{name}")
-        tokenizer.save_pretrained(out / f"model-{name}")
 
 
 def _made_up_text() -> tuple[list[dict[str, str]], list[dict[str, str]]]:

@@ -15,7 +15,7 @@ from assets import build, rows, sft_rows
 
 from llmrl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-COMMON = {"lr_scheduler_type": "constant", "max_grad_norm": 1.0, "num_samples_logged": 0, "seed": 0}
+COMMON: dict[str, object] = {"lr_scheduler_type": "constant", "max_grad_norm": 1.0, "num_samples_logged": 0, "seed": 0}
 
 
 class Watch:
@@ -34,13 +34,16 @@ def main() -> None:
     meter = measure.Meter()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as out:
-        (sft if args.task == "sft" else grpo)(args, meter, str(build() / f"model-{args.model}"), out)
+        assets = build()
+        common = {**COMMON, "model_name_or_path": str(assets / f"model-{args.model}"), "output_dir": out}
+        common["tokenizer_name_or_path"] = str(assets / "tokenizer")
+        (sft if args.task == "sft" else grpo)(args, meter, common)
 
 
-def sft(args: argparse.Namespace, meter: measure.Meter, model: str, out: str) -> None:
+def sft(args: argparse.Namespace, meter: measure.Meter, common: dict) -> None:
     config = SFTConfig(
-        model_name_or_path=model, output_dir=out, batch_size=args.batch_size, tokens_per_microbatch=2048, num_train_epochs=1.0,
-        learning_rate=1e-4, max_length=1024, **COMMON,
+        batch_size=args.batch_size, tokens_per_microbatch=2048, num_train_epochs=1.0,
+        learning_rate=1e-4, max_length=1024, **common,
     )  # fmt: skip
     watch = Watch(meter)
     trainer = SFTTrainer(config, train_dataset=sft_rows(args.rows), callbacks=[watch])
@@ -54,12 +57,12 @@ def sft(args: argparse.Namespace, meter: measure.Meter, model: str, out: str) ->
     )  # fmt: skip
 
 
-def grpo(args: argparse.Namespace, meter: measure.Meter, model: str, out: str) -> None:
+def grpo(args: argparse.Namespace, meter: measure.Meter, common: dict) -> None:
     # the dapo loss alone, as the peer runs it: no dynamic sampling, no clip-higher
     config = GRPOConfig(
-        model_name_or_path=model, output_dir=out, preset="dapo", group_filter="none", epsilon_high=None, beta=args.beta,
+        preset="dapo", group_filter="none", epsilon_high=None, beta=args.beta,
         batch_size=tasks.PROMPTS, num_generations=tasks.GENERATIONS, max_completion_length=tasks.NEW_TOKENS, max_steps=args.steps,
-        tokens_per_microbatch=2048, learning_rate=1e-5, **COMMON,
+        tokens_per_microbatch=2048, learning_rate=1e-5, **common,
     )  # fmt: skip
     watch = Watch(meter)
     trainer = GRPOTrainer(config, train_dataset=rows("prompts", 64), reward_funcs=tasks.digit_share, callbacks=[watch])
