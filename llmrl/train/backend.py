@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llmrl.errors import ConfigError, DivergenceError
+from llmrl.models.load import full_parameters
 from llmrl.train.collectives import TIMEOUT, Collectives, reduce_stats
 from llmrl.train.launch import check_launcher, check_world_size
 from llmrl.train.optim import build_optimizer, learning_rate_at, load_optimizer_tensors, optimizer_tensors
@@ -72,7 +73,8 @@ class Backend(Collectives):
             kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
         state = self.accelerator.state
-        super().__init__(state.process_index, state.num_processes, state.device)
+        device = torch.device("cpu") if state.device.type == "cpu" else state.device  # not "cpu:0"
+        super().__init__(state.process_index, state.num_processes, device)
         check_world_size(os.environ, self.world_size, config.num_processes)
         if dist.is_initialized():
             atexit.register(_close_process_group)
@@ -155,9 +157,8 @@ class Backend(Collectives):
         return results[: len(microbatches)]
 
     def named_full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor) of every parameter, detached: the stream that rollout engines are fed with."""
-        for name, parameter in self.unwrapped.named_parameters():
-            yield name, parameter.detach()
+        """(name in the plain model, whole detached tensor) of every parameter, adapters merged in: what rollout engines are fed."""
+        return full_parameters(getattr(self.unwrapped, "model", self.unwrapped))
 
     def save_state(self, directory: Path, rng_states: Sequence[Mapping[str, Any]]) -> None:
         """Writes optimizer, counters, loss scale and every process's generators (`gather_json(self.rng_state())`); rank 0 only."""

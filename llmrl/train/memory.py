@@ -63,7 +63,7 @@ def estimate_memory(
             "always",
             f"two AdamW moments of {shape.trainable:,} trainable parameters",
         ),
-        Term("gradients", shape.trainable * width, "training", "of the trainable parameters; freed while sampling"),
+        Term("gradients", shape.trainable * width, "training", "of the trainable parameters; freed after each update"),
     ]
     if config.mixed_precision != "no":
         terms.append(
@@ -74,7 +74,7 @@ def estimate_memory(
                 "16-bit copies of the weights, kept through a forward",
             )
         )
-    if isinstance(config, GRPOConfig) and config.beta > 0 and config.lora is None:
+    if isinstance(config, GRPOConfig) and config.beta > 0 and shape.trainable == shape.parameters:
         terms.append(
             Term(
                 "reference",

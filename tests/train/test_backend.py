@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from llmrl.errors import ConfigError, DivergenceError, LLMRLError
@@ -101,7 +101,9 @@ def distributed_worker(out):
     unused.extra = nn.Linear(2, 2, dtype=torch.float64)
     with pytest.raises(ConfigError, match=r"got no gradient.*extra\.weight, extra\.bias"):
         prepared(out, unused).update(mine[:1], toy_loss, empty_batch)
-    dist.destroy_process_group()
+    if rank == 0:  # the other one never comes
+        with pytest.raises(LLMRLError, match="another process died or hangs"):
+            backend.barrier(timeout=timedelta(seconds=1))
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -117,19 +119,6 @@ def test_two_processes_equal_one(tmp_path):
         if rank == 0:
             first = parameters
     assert all(torch.equal(a, b) for a, b in zip(first, parameters))
-
-
-def late_worker(out):
-    from datetime import timedelta
-
-    backend = Backend(toy_config(out))
-    if backend.rank == 0:
-        with pytest.raises(LLMRLError, match="another process died or hangs"):
-            backend.barrier(timeout=timedelta(seconds=1))
-
-
-def test_a_barrier_ends(tmp_path):
-    run_processes(late_worker, 2, str(tmp_path))
 
 
 def test_clipping(tmp_path):
