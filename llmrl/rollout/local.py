@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from llmrl.errors import RolloutError
 from llmrl.models.attention import PackedLayout
@@ -56,7 +55,7 @@ class LocalEngine:
     module: the PolicyModule, or a Hugging Face causal LM to put into one. stop_token_ids: any of them ends a completion and is its last
     token. max_batch_tokens: rows x (longest prompt + max_tokens) decoded at once; a single row may exceed it.
     autocast: makes the context that training forwards run in. progress: see `Progress`.
-    Models that can't be packed are decoded with transformers' own cache, a batch of equally long prompts at a time: slower, same results.
+    Models that can't be packed are decoded with a cache of their own, a batch of equally long prompts at a time: slower, same results.
 
     Example: LocalEngine(model, tokenizer, stop_token_ids=(2,)).generate([prompt], 8, Sampling(max_tokens=64))[0][3].completion.text
     """
@@ -294,7 +293,10 @@ def _parts(jobs: Sequence[_Job], tokens: int) -> Iterator[list[_Job]]:
 
 
 class _PlainDecoder(_Decoder):
-    """transformers' own cache, rows of equally long prompts together until the last one has finished: for what can't be packed."""
+    """Rows of equally long prompts together until the last one has finished, with the cache that the model itself makes.
+
+    A model that keeps its state in another way (Mamba, RWKV) is run over the whole sequence for every token.
+    """
 
     def run(self, jobs: Sequence[_Job]) -> None:
         by_length: dict[int, list[_Row]] = {}
@@ -306,10 +308,15 @@ class _PlainDecoder(_Decoder):
                 self._decode(rows[i : i + most])
 
     def _decode(self, rows: Sequence[_Row]) -> None:
-        cache = DynamicCache(config=self.engine.config)
-        ids = [row.prompt.ids for row in rows]
-        while any(row.finish is None for row in rows):
-            batch = torch.tensor(ids, dtype=torch.int64, device=self.device)
-            hidden = self.module.backbone(input_ids=batch, past_key_values=cache, use_cache=True).last_hidden_state
-            self.draw(hidden[:, -1], rows)
-            ids = [(row.tokens[-1],) for row in rows]
+        ids = torch.tensor([row.prompt.ids for row in rows], dtype=torch.int64, device=self.device)
+        state: dict[str, Any] = {}
+        while True:
+            out = self.module.backbone(input_ids=ids, use_cache=True, **state)
+            self.draw(out.last_hidden_state[:, -1], rows)
+            if all(row.finish is not None for row in rows):
+                return
+            newest = torch.tensor([row.tokens[-1:] for row in rows], dtype=torch.int64, device=self.device)
+            if getattr(out, "past_key_values", None) is None:
+                ids = torch.cat((ids, newest), 1)
+            else:
+                ids, state = newest, {"past_key_values": out.past_key_values}

@@ -32,6 +32,7 @@ FAMILIES = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},  # learned positions
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},  # not packed
     "bloom": {"n_layer": 2, "n_head": 4},  # ALiBi: not packed
+    "mamba": {"state_size": 4},  # its state is no key-value cache
 }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def recomputed(model, rollout, temperature: float) -> torch.Tensor:
 
 def test_the_cases_cover_both_ways_of_decoding():
     ways = {family: PolicyModule(make(family)).packing for family in FAMILIES}
-    assert {f for f, way in ways.items() if way == "one_by_one"} == {"lfm2", "bloom"}
+    assert {f for f, way in ways.items() if way == "one_by_one"} == {"lfm2", "bloom", "mamba"}
 
 
 def generated(model, prompt: Prompt, stops) -> tuple[int, ...]:
@@ -118,7 +119,7 @@ def test_sampled_logprobs_equal_a_plain_forward(family, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "phi", "gpt2", "lfm2", "bloom"])
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "phi", "gpt2", "lfm2", "bloom", "mamba"])
 def test_sampled_logprobs_equal_the_trainers(family, temperature):
     import numpy as np
 
