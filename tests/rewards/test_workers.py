@@ -22,7 +22,7 @@ SLOW = r"\boxed{\gcd(9^{x}, \sum_{i=1}^{9^9} i^i)}"
 
 
 def make(user_file, **options):
-    spec = {"function": f"{user_file}:obeys", "timeout": 1.0} | options.pop("spec", {})
+    spec = {"function": f"{user_file}:obeys", "timeout": 2.0} | options.pop("spec", {})
     return RewardRunner([RewardSpec(**spec)], workers=2, **{"on_error": "skip", **options})
 
 
@@ -82,7 +82,7 @@ def test_memory_is_bounded_and_the_row_says_so(user_file, caplog):
 
 
 def test_policy_for_rows_that_a_model_spoilt(user_file):
-    with make(user_file, on_error="stop", spec={"timeout": 0.3}) as runner:
+    with make(user_file, on_error="stop", spec={"timeout": 1.0}) as runner:
         assert [s.reward for s in runner.score(rollouts("die", "ok", "none"))] == [None, 1.0, None]
         with pytest.raises(RewardError, match="4 of 7 rows failed"):
             runner.score(rollouts(*["die"] * 4, *["ok"] * 3))
