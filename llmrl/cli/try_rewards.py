@@ -26,6 +26,7 @@ def try_rewards(config: GRPOConfig, console: Console, prompts: Sequence[Prompt],
         bad = runner.check_golds(prompts)
         references = {p.id: gold for p in prompts[:SEARCHED_ROWS] if (gold := _reference(p)) is not None}
         chosen = [p for p in prompts if p.id in references or not references][:TRIED_ROWS]
+        failures: list[str] = []
         variants = _answers([references.get(p.id) for p in chosen])
         heading(console, f"Rewards tried on {len(chosen)} rows (mean; no model is involved)")
         table = Table(box=None, padding=(0, 2, 0, 0))
@@ -38,9 +39,17 @@ def try_rewards(config: GRPOConfig, console: Console, prompts: Sequence[Prompt],
             scored = runner.score(_rollouts(chosen, texts, tokenizer))
             means[variant] = _mean([s.reward for s in scored])
             table.add_row(variant, *(_cell(scored, name) for name in runner.names), _number(means[variant]))
-            problems += _failures(scored, variant)
+            if failures := _failures(scored, variant):
+                break  # the other answers would only fail in the same way
         console.print(table)
-    right, wrong = means.get("the reference, boxed"), means["a wrong one"]
+    if config.on_error == "stop":
+        problems += failures
+    else:
+        for failure in failures:
+            console.print(Text(f"note: {failure}", style="yellow"))
+    if all(mean is None for mean in means.values()):
+        problems.append("no reward function gives any of these rows a reward")
+    right, wrong = means.get("the reference, boxed"), means.get("a wrong one")
     if right is not None and wrong is not None and right <= wrong:
         console.print(Text("note: these rewards do not tell a reference answer from a wrong one", style="yellow"))
     if bad:

@@ -30,7 +30,7 @@ class DatasetSource(Strict):
     weight: float | None = Field(
         None, gt=0, description="share of the mixture, normalised; default: all of its rows once"
     )
-    max_rows: int | None = Field(None, ge=1, description="reads the first rows only")
+    max_rows: int | None = Field(None, ge=1, description="at most so many rows, chosen by the seed")
 
 
 Sources = Annotated[list[DatasetSource], BeforeValidator(as_list)]
