@@ -37,17 +37,14 @@ Rewards = Annotated[list[RewardSpec], BeforeValidator(as_list)]
 
 
 class RewardFields(Strict):
-    """Rewards.
+    """Rewards."""
 
-    `on_error: stop` ends the run at the first row on which a function raised or answered malformed, and at a failed batch call.
-    A row verifier that ran out of time or memory did so because of what the model wrote, and one hostile answer must not end a run:
-    that row gets None, counted and logged; the run stops when more than half of the rows of a call, and more than 3, end so.
-    `skip` gives None for every failed row. No failure ever becomes a 0.
-    """
-
+    # What `stop` means: the run ends at the first row on which a function raised or answered malformed, and at a failed batch call.
+    # A row verifier that ran out of time or memory did so because of what the model wrote, and one hostile answer must not end a
+    # run: that row gets None, counted and logged; the run stops when more than half of the rows of a call, and more than 3, end so.
     rewards: Rewards = Field([], description="reward functions: a name, or a list of specs (`rewards.0.weight=0.5`)")
     on_error: Literal["stop", "skip"] = Field(
         "stop",
-        description="a reward function that raised, ran out of time or answered malformed: stop, or None for the row",
+        description="a reward function failed: stop, or None for the row (a verifier's timeout on a few rows never stops)",
     )
     reward_workers: int = Field(2, ge=1, description="worker processes of each training process")

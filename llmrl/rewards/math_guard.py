@@ -86,7 +86,7 @@ def _log10(node: Any) -> float:
     import sympy
 
     if isinstance(node, sympy.Rational):
-        return -math.inf if node.p == 0 else (abs(node.p).bit_length() - node.q.bit_length() + 1) * math.log10(2)
+        return -math.inf if node.p == 0 else math.log10(abs(node.p)) - math.log10(node.q)
     if isinstance(node, sympy.Float):
         return float(sympy.log(abs(node), 10)) if node != 0 else -math.inf
     if isinstance(node, sympy.NumberSymbol):

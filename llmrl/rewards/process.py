@@ -34,7 +34,8 @@ class WorkerProcess:
         self.results, results_write = os.pipe()
         life_read, self._lifeline = os.pipe()
         theirs = (tasks_read, results_write, life_read)
-        environment = {**os.environ, "PYTHONPATH": _PACKAGE_ROOT, "PYTHONDONTWRITEBYTECODE": "1"}
+        search = os.pathsep.join(filter(None, [_PACKAGE_ROOT, os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": search}
         # -P: the working directory must not shadow the standard library; the worker gets it at the end of its path.
         command = [sys.executable, "-P", "-m", "llmrl.rewards.worker", *map(str, theirs)]
         try:

@@ -182,7 +182,8 @@ def test_guard():
     assert too_large_expression(Pow(Symbol("x"), 10**6))
     assert too_large_expression(factorial(factorial(Integer(10), evaluate=False), evaluate=False))
     assert not too_large_expression(Pow(Integer(2), Integer(1000), evaluate=False))
-    assert not too_large_expression(factorial(Integer(50), evaluate=False) + Symbol("x") ** 7)
+    assert too_large_expression(factorial(Integer(2001), evaluate=False))
+    assert not too_large_expression(factorial(Integer(2000), evaluate=False) + Symbol("x") ** 7)
 
 
 def test_last_boxed():

@@ -108,17 +108,21 @@ def test_close_leaves_no_process_and_no_descriptor(user_file):
     assert len(os.listdir("/proc/self/fd")) <= files
 
 
-@pytest.mark.parametrize("row", ["ok", "hang", "bigint", "spawn {note}"])
+@pytest.mark.parametrize("row", ["ok", "hang", "bigint", "spawn {note}", "fork"])
 def test_workers_die_with_the_trainer(user_file, tmp_path, row):
+    """Also in C code that keeps the interpreter lock, and when a forked child of the trainer (a data loader) lives on."""
     note, pids = tmp_path / "note", tmp_path / "pids"
     script = f"""
-        import pathlib, threading, time
+        import os, pathlib, threading, time
         from llmrl.config.reward import RewardSpec
         from llmrl.rewards import RewardRunner
         from tests.rewards.conftest import rollouts
 
         runner = RewardRunner([RewardSpec(function="{user_file}:obeys", timeout=60)], workers=2)
         threading.Thread(target=runner.score, args=(rollouts("{row.format(note=note)}"),), daemon=True).start()
+        if "{row}" == "fork" and os.fork() == 0:
+            time.sleep(30)
+            os._exit(0)
         time.sleep(0.5)
         found = [w.process.pid for w in runner._functions[0].pool._workers]
         pathlib.Path("{pids}.part").write_text(" ".join(map(str, found)))
