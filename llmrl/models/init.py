@@ -149,13 +149,14 @@ def _check_sizes(family: str, vocab: int, hidden: int, heads: int, kv_heads: int
 
 def _family_settings(family: str, head_dim: int) -> dict[str, Any]:
     """What a family's own defaults would get wrong for a small model."""
-    return {
+    settings: dict[str, dict[str, Any]] = {
         "qwen2": {"use_sliding_window": False},
         "qwen3": {"head_dim": head_dim, "use_sliding_window": False},
         "llama": {},
         "mistral": {"head_dim": head_dim, "sliding_window": None},
         "gemma2": {"head_dim": head_dim, "query_pre_attn_scalar": head_dim},
-    }[family]
+    }
+    return settings[family]
 
 
 def _strings(files: Sequence[str | Path], fields: Sequence[str] | None, texts: Iterable[str]) -> Iterator[str]:
