@@ -27,6 +27,8 @@ Progress = Callable[[int, int], None]
 
 _PREFILL_TOKENS = 16_384
 """Prompt tokens of one prefill forward, so that its activations stay small beside the cache."""
+_LOGITS = 2**26
+"""Logits made at once: 256 MiB in float32."""
 
 
 class _Row:
@@ -34,7 +36,7 @@ class _Row:
 
     def __init__(self, prompt: Prompt, index: int, sampling: Sampling) -> None:
         self.prompt, self.index = prompt, index
-        self.uniforms = iter(uniforms(sampling, prompt.id, index).tolist())
+        self.uniforms = uniforms(sampling, prompt.id, index)
         self.slot = len(prompt.ids) - 1
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -168,10 +170,14 @@ class _Decoder:
         """Draws the next token of every unfinished row from hidden [B, d]; a step's one wait for the device is here."""
         u = None
         if self.sampling.temperature > 0:
-            numbers = [next(row.uniforms, 0.0) for row in rows]  # finished rows may have used theirs up
-            u = torch.tensor(numbers, dtype=torch.float64).to(self.device)
-        tokens, logprobs = draw(self.module.head_logits(hidden), self.sampling, u)
-        for row, token, logprob in zip(rows, *torch.stack((tokens.double(), logprobs.double())).tolist()):
+            u = torch.tensor([next(row.uniforms) for row in rows], dtype=torch.float64).to(self.device)
+        size = max(1, _LOGITS // self.engine.config.vocab_size)
+        drawn = []
+        for i in range(0, len(rows), size):
+            logits = self.module.head_logits(hidden[i : i + size])
+            tokens, logprobs = draw(logits, self.sampling, None if u is None else u[i : i + size])
+            drawn.append(torch.stack((tokens.double(), logprobs.double())))
+        for row, token, logprob in zip(rows, *torch.cat(drawn, 1).tolist()):
             if row.finish is None:
                 self._record(row, int(token), logprob)
         if self.engine.progress is not None:

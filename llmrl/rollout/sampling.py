@@ -7,6 +7,7 @@ inverting the cumulative distribution, so a rollout does not depend on what else
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ _HEAD = 1024
 """Entries that top-p looks at before it sorts a whole vocabulary."""
 
 
-def uniforms(sampling: Sampling, prompt_id: str, index: int) -> np.ndarray:
-    """[max_tokens] float64 in [0, 1): the random numbers of one row. A larger `max_tokens` extends them and changes none."""
+def uniforms(sampling: Sampling, prompt_id: str, index: int) -> Iterator[float]:
+    """The random numbers of one row in [0, 1), in float64 and without an end: the i-th is for its i-th token."""
     key = f"{sampling.seed}\0{sampling.step}\0{index}\0{prompt_id}".encode()
     digest = hashlib.blake2b(key, digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(sampling.max_tokens)
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    while True:
+        yield from generator.random(64).tolist()
 
 
 def draw(logits: torch.Tensor, sampling: Sampling, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -139,6 +139,14 @@ def test_sampled_logprobs_equal_the_trainers(family, temperature):
     assert (scores.logprobs - sampled).abs().max() < 1e-4
 
 
+def test_logits_are_made_in_parts(monkeypatch):
+    model, want = make("phi"), ids(engine(make("phi")).generate(prompts(), 3, Sampling(12)))
+    monkeypatch.setattr("llmrl.rollout.local._LOGITS", 4 * VOCAB + 1)
+    assert ids(engine(model).generate(prompts(), 3, Sampling(12))) == want
+    monkeypatch.setattr("llmrl.rollout.local._PREFILL_TOKENS", 8)
+    assert ids(engine(model).generate(prompts(), 3, Sampling(12))) == want
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "lfm2"])
 def test_rollouts_do_not_depend_on_what_else_is_in_the_batch(family):
     model, ours, sampling = make(family), prompts(7), Sampling(40, temperature=1.0, top_p=0.98, seed=5, step=2)
@@ -257,6 +265,7 @@ def test_autocast_stores_the_cache_in_its_type_and_leaves_nothing_behind():
 
 def test_training_goes_on_as_before():
     module = PolicyModule(make("qwen2", attention_dropout=0.5)).train()
+    module.model.gradient_checkpointing_enable()
     frozen = module.model.model.layers[0].mlp.eval()  # a part that someone set to eval stays there
     first = engine(module).generate(prompts(), 2, Sampling(12))
     assert ids(first) == ids(engine(module).generate(prompts(), 2, Sampling(12)))  # dropout was off
@@ -264,6 +273,7 @@ def test_training_goes_on_as_before():
     assert module.model.model.layers[0].self_attn.training
     assert not frozen.training
     assert torch.is_grad_enabled()
+    assert module.model.is_gradient_checkpointing
     before = torch.get_rng_state()
     engine(module).generate(prompts(), 2, Sampling(12))
     assert torch.equal(before, torch.get_rng_state())  # nothing is drawn from the global generator
