@@ -34,7 +34,8 @@ def usage() -> str:
 {commands}
 
   llmrl grpo --config recipes/x.yaml learning_rate=2e-6 rewards.0.weight=0.5
-  accelerate launch --num_processes 2 -m llmrl.cli grpo --config recipes/x.yaml
+  accelerate launch --multi_gpu --num_processes 2 -m llmrl.cli grpo --config recipes/x.yaml
+  torchrun --nproc_per_node 2 -m llmrl.cli grpo --config recipes/x.yaml
 
 `llmrl COMMAND --help` says more; `llmrl sft --help` and `llmrl grpo --help` list every key of a recipe.
 `llmrl --version` prints the version."""
