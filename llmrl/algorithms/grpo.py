@@ -10,6 +10,7 @@ The weights w_t are the aggregation over the whole update and all processes. Pre
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -27,6 +28,7 @@ from llmrl.errors import DivergenceError
 from llmrl.evaluation.runner import evaluate
 from llmrl.experience.batch import (
     compute_advantages,
+    merge_reward_metrics,
     rollout_metrics,
     sample_rows,
     scatter,
@@ -43,6 +45,8 @@ from llmrl.models.load import disable_dropout, load_reference
 from llmrl.rewards.runner import RewardRunner
 from llmrl.rollout.local import LocalEngine
 from llmrl.types import Example, PackedBatch, Prompt, Sampling
+
+logger = logging.getLogger("llmrl.grpo")
 
 
 class GRPOTrainer(Trainer):
@@ -118,11 +122,9 @@ class GRPOTrainer(Trainer):
         """Runs to the last step and returns the summary; the final model is in `<output_dir>/model`."""
         with self.rewards, self.run as run:
             for step in run.steps():
-                experience = self.collector.collect(
-                    step, trainer_state={"global_step": step, "max_steps": run.total_steps}
-                )
-                metrics = self.update(experience)
-                self.engine.sync_weights((), version=step)
+                self.engine.sync_weights((), version=step - 1)
+                state = {"global_step": step, "max_steps": run.total_steps}
+                metrics = self.update(self.collector.collect(step, trainer_state=state))
                 if self.eval_prompts and run.due(self.config.eval_steps, step):
                     metrics |= self.evaluate()
                 metrics["epoch"] = self.sampler.epoch
@@ -139,7 +141,7 @@ class GRPOTrainer(Trainer):
         metrics = {
             **experience.metrics,
             **rollout_metrics(rollouts, self.rewards.names, gather),
-            **self.rewards.pop_metrics(),
+            **merge_reward_metrics(gather(self.rewards.pop_metrics())),
         }
         tokens = [
             float(sum(len(r.rollout.prompt.ids) + len(r.rollout.completion.ids) for r in rollouts)),
@@ -149,15 +151,15 @@ class GRPOTrainer(Trainer):
         if count == 0:
             return {**metrics, "loss": 0.0}
         mask_truncated = config.truncated_completions == "mask"
-        indices = [g.index for g in experience.groups for _ in g.rollouts]
         examples = [
             to_example(r, a, unit, mask_truncated=mask_truncated)
             for unit, (r, a) in enumerate(zip(rollouts, advantages))
         ]
-        parts = [
-            [e for e, index in zip(examples, indices) if index % config.updates_per_step == u]
-            for u in range(config.updates_per_step)
-        ]
+        # Whole groups go to an update, in turn, by their place among all groups that were kept.
+        kept = sorted(index for part in gather([g.index for g in experience.groups]) for index in part)
+        turn = {index: place % config.updates_per_step for place, index in enumerate(kept)}
+        turns = [turn[g.index] for g in experience.groups for _ in g.rollouts]
+        parts = [[e for e, t in zip(examples, turns) if t == u] for u in range(config.updates_per_step)]
         scored = [self._prepare_part(part) for part in parts]
         for _ in range(config.num_iterations):
             for part, loss_tokens in scored:
@@ -178,6 +180,7 @@ class GRPOTrainer(Trainer):
             sampling=sampling,
             gather=self.backend.gather_json,
         )
+        self.rewards.pop_metrics()  # the evaluation's own; its failures are in the result
         return {f"eval_{k}": v for k, v in result.metrics().items()}
 
     @property
@@ -227,7 +230,9 @@ class GRPOTrainer(Trainer):
         return [replace(e, loss_mask=e.loss_mask & (e.payload["entropy"] >= threshold)) for e in examples]
 
     def _optimize(self, examples: list[Example], loss_tokens: float) -> dict[str, float]:
-        """One optimizer step on a part of the rollouts."""
+        """One optimizer step on a part of the rollouts; none where no token is left in the loss on any process."""
+        if loss_tokens == 0:
+            return {"loss": 0.0}
         names = ["weights", "advantages", "sampled_logprobs"]
         names += [] if self._on_policy else ["old_logprobs"]
         names += ["ref_logprobs"] if self.config.beta > 0 else []
@@ -284,5 +289,27 @@ class GRPOTrainer(Trainer):
             held_out = load_rows(config.eval_dataset, seed=config.seed)
         elif config.eval_fraction:
             rows, held_out = split(rows, config.eval_fraction, seed=config.seed)
+        if config.max_prompt_length is None:
+            positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            if positions is not None:
+                require(
+                    positions > config.max_completion_length,
+                    f"max_completion_length {config.max_completion_length} leaves no room for a prompt in the model's {positions} positions",
+                )
+                config = config.model_copy(update={"max_prompt_length": positions - config.max_completion_length})
         prompts, self.report = build_prompts(rows, self.tokenizer, config)
+        prompts = self._with_usable_golds(prompts)
         return prompts, build_prompts(held_out, self.tokenizer, config)[0] if held_out else []
+
+    def _with_usable_golds(self, prompts: list[Prompt]) -> list[Prompt]:
+        """Without the prompts whose reference answer a verifier can't use: they would teach that every answer is wrong."""
+        bad = self.rewards.check_golds(prompts)
+        if not bad:
+            return prompts
+        ids = {b.prompt_id for b in bad}
+        listed = "; ".join(f"{b.prompt_id} ({b.function}: {b.reason})" for b in bad[:5])
+        require(len(ids) < len(prompts), f"no prompt has a reference answer that the rewards can use: {listed}")
+        logger.warning(
+            "%d of %d prompts left out, since a reward can't use their answer: %s", len(ids), len(prompts), listed
+        )
+        return [p for p in prompts if p.id not in ids]

@@ -109,7 +109,9 @@ class SFTTrainer(Trainer):
         elif config.eval_fraction:
             rows, held_out = split(rows, config.eval_fraction, seed=config.seed)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        build = partial(build_sft_examples, tokenizer=self.tokenizer, config=config, stop_ids=self.stop_ids, max_length=limit)
+        build = partial(
+            build_sft_examples, tokenizer=self.tokenizer, config=config, stop_ids=self.stop_ids, max_length=limit
+        )
         examples, self.report = build(rows)
         return examples, build(held_out)[0] if held_out else []
 

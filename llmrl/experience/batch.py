@@ -132,6 +132,18 @@ def rollout_metrics(rollouts: Iterable[ScoredRollout], names: Sequence[str], gat
     return metrics
 
 
+def merge_reward_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One process's `pop_metrics` each: outcomes add up, seconds are those of the slowest, what a function logged is averaged."""
+    merged: dict[str, float] = {}
+    for name in sorted({name for part in parts for name in part}):
+        values = [part[name] for part in parts if name in part]
+        if name.startswith("reward_outcomes/"):
+            merged[name] = sum(values)
+        else:
+            merged[name] = max(values) if name.startswith("reward_seconds/") else sum(values) / len(values)
+    return merged
+
+
 def sample_rows(rollouts: Sequence[ScoredRollout], advantages: Sequence[float]) -> list[Mapping[str, Any]]:
     """What `samples/step_*.jsonl` holds, a row a completion."""
     return [
