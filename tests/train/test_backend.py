@@ -78,6 +78,10 @@ def distributed_worker(out):
     bad = [(mine[0][0], mine[0][1] * (math.nan if rank == 1 else 1.0))]
     assert backend.update(bad, toy_loss, empty_batch).skipped
     assert all(torch.equal(a, b) for a, b in zip(before, backend.unwrapped.parameters()))
+    # So is an infinite loss on one rank whose gradient is finite.
+    one_sided = poisoned("loss only") if rank == 1 else toy_loss
+    assert backend.update(mine[:1], one_sided, empty_batch).skipped
+    assert all(torch.equal(a, b) for a, b in zip(before, backend.unwrapped.parameters()))
     # Scoring keeps to each rank's own batches.
     scores = backend.score(mine, lambda module, batch: module(batch[0]), empty_batch)
     assert [len(s) for s in scores] == [len(b[0]) for b in mine]
@@ -106,6 +110,7 @@ def distributed_worker(out):
             backend.barrier(timeout=timedelta(seconds=1))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     run_processes(distributed_worker, 2, str(tmp_path))
     whole, expected = one_process_update(tmp_path)

@@ -360,6 +360,7 @@ def two_process_worker(out):
         raise AssertionError("another recipe must be refused on every process")
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_continue_together(tmp_path):
     out = tmp_path / "run"
     run_processes(two_process_worker, 2, str(out))
