@@ -118,11 +118,16 @@ def choose_kernel(q: Tensor, v: Tensor, *, softcap: float | None, dropout: float
     if capability < (8, 0):
         return "sdpa"
     plain = softcap is None and dropout == 0.0
-    if plain and capability[0] == 9 and importlib.util.find_spec("flash_attn_interface"):
+    if plain and capability[0] == 9 and _installed("flash_attn_interface"):
         return "flash_attn_3"
-    if importlib.util.find_spec("flash_attn"):
+    if _installed("flash_attn"):
         return "flash_attn_2"
     return "varlen" if plain and dim % 8 == 0 and _varlen_accepts() else "sdpa"
+
+
+@cache
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 @cache

@@ -85,9 +85,8 @@ class PolicyModule(nn.Module):
         with self._as_reference() if reference else nullcontext():
             positions = batch.positions()
             targets = batch.input_ids[positions]
-            hidden = self.hidden_states(batch)[
-                positions - 1
-            ]  # what stands at t-1 predicts token t; this shift is nowhere else
+            # What stands at t-1 predicts token t. This shift is nowhere else.
+            hidden = self.hidden_states(batch)[positions - 1]
             if weights is None:
                 return TokenScores(*self.head.logprobs(hidden, targets, temperature=temperature, entropy=entropy))
             loss = self.head.weighted_nll(hidden, targets, weights, temperature=temperature, loss_type=loss_type)

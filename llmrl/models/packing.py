@@ -12,6 +12,11 @@ Packing = Literal["packed", "one_by_one"]
 
 _LAYERS = {"full_attention", "sliding_attention"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_UNUSUAL = {
+    "diffllama",
+    "doge",
+    "nemotron",
+}  # claim the attention interface, but add masks, call twice or drop keywords
 
 
 def packing_support(config: Any, model_class: type | None = None) -> Packing:
@@ -64,6 +69,8 @@ def _obstacle(text: Any, model_class: type | None) -> str:
     """Why the model can't be packed; empty where it can."""
     if model_class is None or not getattr(model_class, "_supports_attention_backend", False):
         return "its attention can't be replaced"
+    if text.model_type in _UNUSUAL:
+        return "it uses the attention interface in its own way"
     if not getattr(model_class, "_supports_sdpa", False):
         return "its attention is not plain (attention sinks, for example)"
     if getattr(model_class, "_is_stateful", False):
