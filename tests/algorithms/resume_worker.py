@@ -41,7 +41,12 @@ def main(kind, model, out, kill_at):
     else:
         rows = [{"prompt": text} for text in ("the answer", "is", "because", "three", "times", "four", "twelve")]
         config = GRPOConfig(
-            **common, num_generations=4, max_completion_length=8, num_iterations=2, group_filter="drop_zero_std", max_refills=1
+            **common,
+            num_generations=4,
+            max_completion_length=8,
+            num_iterations=2,
+            group_filter="drop_zero_std",
+            max_refills=1,
         )
         GRPOTrainer(config, train_dataset=rows, reward_funcs=count_letters, callbacks=callbacks).train()
 

@@ -17,7 +17,14 @@ CLOCKS = {"step_time", "tokens_per_second"}
 
 def run(kind, model, out, kill_at=0):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "tests/algorithms/resume_worker.py"), kind, str(model), str(out), str(kill_at)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/algorithms/resume_worker.py"),
+        kind,
+        str(model),
+        str(out),
+        str(kill_at),
+    ]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 

@@ -17,8 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(case, model_dir, tmp_path, processes):
     file = tmp_path / f"{processes}.npz"
-    worker = [str(ROOT / "tests/algorithms/two_process_worker.py"), case, str(model_dir), str(tmp_path / f"{processes}"), str(file)]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    worker = [
+        str(ROOT / "tests/algorithms/two_process_worker.py"),
+        case,
+        str(model_dir),
+        str(tmp_path / f"{processes}"),
+        str(file),
+    ]
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *launch, *worker], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
