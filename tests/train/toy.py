@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -78,13 +79,14 @@ def run_processes(target: Callable[..., None], world_size: int, *args: Any, time
     context = torch.multiprocessing.get_context("spawn")
     errors = context.Queue()
     processes = [
-        context.Process(target=_enter, args=(target, rank, world_size, port, errors, args))
+        context.Process(target=_enter, args=(target, rank, world_size, port, errors, args), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
         process.start()
+    end = time.monotonic() + timeout
     for process in processes:
-        process.join(timeout)
+        process.join(max(0.0, end - time.monotonic()))
     failed = [p for p in processes if p.exitcode != 0]
     for process in processes:
         if process.is_alive():
