@@ -56,10 +56,12 @@ def check(config: SFTConfig | GRPOConfig, console: Console) -> list[str]:
     from llmrl.data.build import split
     from llmrl.data.sources import load_rows
     from llmrl.models.load import load_skeleton, stop_token_ids
+    from llmrl.models.packing import packing_support
     from llmrl.models.shape import shape_of
 
     model, tokenizer = load_skeleton(config)
     shape, stop_ids = shape_of(model), stop_token_ids(model, tokenizer)
+    packing = packing_support(model.config)
     rows = load_rows(config.dataset, seed=config.seed)
     held_out: Sequence[Any] = load_rows(config.eval_dataset, seed=config.seed) if config.eval_dataset else []
     if config.eval_fraction and not held_out:
@@ -70,7 +72,9 @@ def check(config: SFTConfig | GRPOConfig, console: Console) -> list[str]:
         lengths, problems = _check_examples(config, console, rows, tokenizer, stop_ids, shape)
     else:
         lengths, problems = _check_prompts(config, console, rows, tokenizer, shape)
-    console.print(Text(f"A completion ends with: {stops}"))
+    console.print(Text(f"\nA completion ends with: {stops}"))
+    if packing == "one_by_one":
+        console.print(Text("note: this model can't be packed; its sequences run one after another", style="yellow"))
     processes = config.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
     plan = solve(config, lengths, processes)
     _print_plan(console, config, plan, len(lengths), processes)

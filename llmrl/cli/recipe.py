@@ -20,6 +20,13 @@ from llmrl.config.sft import SFTConfig
 from llmrl.errors import ConfigError
 
 
+_EXAMPLES = {
+    "sft": "learning_rate=2e-5 dataset.0.split=test lora.r=8",
+    "grpo": "learning_rate=2e-6 rewards.0.weight=0.5 lora.r=8",
+    "eval": "temperature=0.7 data.0.columns.prompt=question",
+}
+
+
 def wants_help(argv: Sequence[str]) -> bool:
     return any(arg in ("-h", "--help") for arg in argv)
 
@@ -63,7 +70,7 @@ def print_keys(kind: str) -> None:
     print(
         "RECIPE is a YAML file or the name of a shipped recipe. An override is a dotted key and a YAML value, for example"
     )
-    print(f"  llmrl {kind} --config recipes/x.yaml learning_rate=2e-6 dataset.0.split=test lora.r=8")
+    print(f"  llmrl {kind} --config recipes/x.yaml {_EXAMPLES[kind]}")
     console = Console(highlight=False)
     shown: set[Model] = set()
     for title, keys in groups(recipe):

@@ -66,10 +66,10 @@ _RENAMED = {
     "max_seq_length": "write max_length (sft) or max_prompt_length and max_completion_length (grpo)",
     "resume_from_checkpoint": "write resume: auto, never, or a checkpoint directory",
     "overwrite_output_dir": "write resume: never to start anew in output_dir, or choose another output_dir",
-    "wandb_project": "set WANDB_PROJECT in the environment, with report_to: wandb",
+    "wandb_project": "leave it out: the project is called llmrl in every tracker; run_name names the run",
     "wandb_entity": "set WANDB_ENTITY in the environment, with report_to: wandb",
     "wandb_run_group": "set WANDB_RUN_GROUP in the environment, with report_to: wandb",
-    "project": "set WANDB_PROJECT or TRACKIO_PROJECT in the environment",
+    "project": "leave it out: the project is called llmrl in every tracker; run_name names the run",
     "data_seed": "write seed: the order of the data hangs on it too",
     "full_determinism": "leave it out: runs are seeded, and the same bit for bit on one device; for CUDA kernels set CUBLAS_WORKSPACE_CONFIG",
     "env": "set environment variables in the shell that starts the run",
@@ -136,8 +136,8 @@ _SFT = {
     "assistant_only_loss": "leave it out: train_on: completion supervises every assistant turn of a conversation",
     "train_on_prompt": "write train_on: all",
     "mask_history": "not available in this version: every assistant turn is supervised",
-    "preprocessing_num_workers": "delete it: rows are tokenised in batches, in parallel threads",
-    "dataset_num_proc": "delete it: rows are tokenised in batches, in parallel threads",
+    "preprocessing_num_workers": "leave it out: rows are tokenised in batches, in parallel threads",
+    "dataset_num_proc": "leave it out: rows are tokenised in batches, in parallel threads",
     "dpo_beta": "preference training is not available in this version",
 }
 

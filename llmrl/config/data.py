@@ -42,7 +42,9 @@ class DataFields(Strict):
     dataset: Sources = Field([], description="training data: a path, or a list of sources (`dataset.0.split=test`)")
     eval_dataset: Sources = Field([], description="evaluation data, as `dataset`")
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of the training rows held out for evaluation")
-    system_prompt: str | None = Field(None, description="put before conversations that have none; makes a conversation of a plain prompt")
+    system_prompt: str | None = Field(
+        None, description="put before conversations that have none; makes a conversation of a plain prompt"
+    )
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="handed to the chat template: `{enable_thinking: false}`"
     )

@@ -28,6 +28,8 @@ class EvalConfig(Recipe, ModelFields, SamplingFields):
         RewardSpec(function="math_answer"), description="what judges a completion: a reward function"
     )
     threshold: float = Field(0.5, description="a completion is right when the scorer gives at least this")
-    system_prompt: str | None = Field(None, description="put before conversations that have none; makes a conversation of a plain prompt")
+    system_prompt: str | None = Field(
+        None, description="put before conversations that have none; makes a conversation of a plain prompt"
+    )
     batch_size: int = Field(64, ge=1, description="prompts sampled at once")
     rollout: RolloutSettings = Field(RolloutSettings(), description="the engine")
