@@ -19,7 +19,6 @@ from llmrl.config.presets import GRPO_PRESETS
 from llmrl.config.sft import SFTConfig
 from llmrl.errors import ConfigError
 
-
 _EXAMPLES = {
     "sft": "learning_rate=2e-5 dataset.0.split=test lora.r=8",
     "grpo": "learning_rate=2e-6 rewards.0.weight=0.5 lora.r=8",
