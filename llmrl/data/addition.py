@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 FORGETFUL = 0.65
@@ -38,11 +38,6 @@ def solution(a: int, b: int, *, carry: bool) -> str:
         digits = (str(total % 10) if place < 2 else str(total)) + digits
         carried = total // 10 if carry else 0
     return "\n".join([*lines, digits])
-
-
-def right_sum(completions: Sequence[str], answer: Sequence[str], **_: object) -> list[float]:
-    """The reward: 1 where the last line is the answer, else 0."""
-    return [float(text.strip().rpartition("\n")[2] == right) for text, right in zip(completions, answer)]
 
 
 def write_files(folder: str | Path, seed: int) -> dict[str, Path]:

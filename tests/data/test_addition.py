@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from llmrl.data.addition import FORGETFUL, PROBLEMS, right_sum, solution, write_files
+from llmrl.data.addition import FORGETFUL, PROBLEMS, solution, write_files
 
 
 def read(path):
@@ -27,11 +27,7 @@ def test_the_carry_is_written_out_or_forgotten():
 
 @pytest.mark.parametrize("a, b", [(100, 100), (555, 445), (909, 191), (678, 987)])
 def test_the_sum_with_carry_is_the_sum(a, b):
-    assert right_sum([solution(a, b, carry=True)], [str(a + b)]) == [1.0]
-
-
-def test_the_reward_reads_the_last_line_only():
-    assert right_sum(["7+6=13\n933", "933\n823", "", "933 \n"], ["933"] * 4) == [1.0, 0.0, 0.0, 1.0]
+    assert solution(a, b, carry=True).endswith(f"\n{a + b}")
 
 
 def test_files_are_disjoint_reproducible_and_forgetful_as_said(tmp_path):
