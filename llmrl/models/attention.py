@@ -228,7 +228,8 @@ def _softcapped(
     scores = q.reshape(*groups, dim) @ k.transpose(2, 3) * (dim**-0.5 if scale is None else scale)
     scores = (softcap * torch.tanh(scores / softcap)).view(b, heads, length, -1)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        # Not -inf: a row that sees nothing, as padding does, would be NaN.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
     weights = F.dropout(weights, dropout).view(*groups, k.shape[2])
     return (weights @ v).view(b, heads, length, v.shape[-1])

@@ -110,7 +110,7 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Norm of the difference over the norm."""
-    return float((a - b).norm() / b.norm().clamp_min(1e-300)) if a.numel() else 0.0
+    return float((a - b).detach().norm() / b.norm().clamp_min(1e-300)) if a.numel() else 0.0
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
