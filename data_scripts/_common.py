@@ -16,7 +16,11 @@ def read(source: str, *, name: str | None = None, split: str = "test") -> Iterat
     if path.exists():
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode()
-        rows = json.loads(text) if text.lstrip().startswith("[") else (json.loads(line) for line in text.splitlines() if line.strip())
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else (json.loads(line) for line in text.split("\n") if line.strip())
+        )
         yield from rows
     else:
         from datasets import load_dataset

@@ -40,4 +40,7 @@ if __name__ == "__main__":
     parser.add_argument("--split", default="train", choices=["train", "test"])
     parser.add_argument("--output", required=True)
     args = parser.parse_args()
-    write((normalise(r, i, args.split) for i, r in enumerate(read(args.source, name="main", split=args.split))), args.output)
+    write(
+        (normalise(r, i, args.split) for i, r in enumerate(read(args.source, name="main", split=args.split))),
+        args.output,
+    )

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmrl.algorithms.base import Trainer, require
@@ -155,9 +156,10 @@ class GRPOTrainer(Trainer):
             to_example(r, a, unit, mask_truncated=mask_truncated)
             for unit, (r, a) in enumerate(zip(rollouts, advantages))
         ]
-        # Whole groups go to an update, in turn, by their place among all groups that were kept.
+        # Whole groups, in blocks of their order over all processes: so each update has groups of every process.
         kept = sorted(index for part in gather([g.index for g in experience.groups]) for index in part)
-        turn = {index: place % config.updates_per_step for place, index in enumerate(kept)}
+        blocks = np.array_split(kept, config.updates_per_step)
+        turn = {int(index): u for u, block in enumerate(blocks) for index in block}
         turns = [turn[g.index] for g in experience.groups for _ in g.rollouts]
         parts = [[e for e, t in zip(examples, turns) if t == u] for u in range(config.updates_per_step)]
         scored = [self._prepare_part(part) for part in parts]

@@ -78,12 +78,11 @@ def _microbatches(
     """Tokens of each microbatch of one process in one pass over a step's batch."""
     out = []
     for part in range(config.updates_per_step):
+        indices = np.array_split(np.arange(len(rows)), config.updates_per_step)[part].tolist()
         if isinstance(config, GRPOConfig):  # every process trains on the groups that it sampled
-            chosen = range(part, len(rows), config.updates_per_step)
-            mine = [_blank(rows[i], i) for i in chosen if i % processes == rank for _ in range(generations)]
+            mine = [_blank(rows[i], i) for i in indices if i % processes == rank for _ in range(generations)]
         else:
-            indices = np.array_split(np.arange(len(rows)), config.updates_per_step)[part]
-            mine = shard([_blank(rows[i], int(i)) for i in indices], rank, processes)
+            mine = shard([_blank(rows[i], i) for i in indices], rank, processes)
         mine = [Example(e.input_ids, e.loss_mask, unit=unit) for unit, e in enumerate(mine)]
         out += [sum(map(len, batch)) for batch in cut(mine, config.tokens_per_microbatch)]
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from llmrl.config.model import LoraSettings, ModelFields
 from llmrl.errors import ConfigError
 from llmrl.models.packing import packing_support
+
+if not sys.stderr.isatty():  # a bar of transformers' is a line a step in a log file
+    disable_progress_bar()
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LOADING_ERRORS = (
@@ -221,6 +226,10 @@ class _Source:
         except _LOADING_ERRORS as error:
             what = "tokenizer_name_or_path (by default the model's own)"
             raise ConfigError(_unavailable(what, name, error)) from error
+        if len(tokenizer) <= len(
+            tokenizer.added_tokens_decoder
+        ):  # what transformers makes up where the files are missing
+            raise ConfigError(f"tokenizer_name_or_path: {name} has no tokenizer; give the directory or hub id of one")
         if fields.chat_template is not None:
             tokenizer.chat_template = _chat_template(fields.chat_template)
         return tokenizer
