@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen2Tokenizer
 
 from llmrl.errors import ConfigError, DataError
 
@@ -87,37 +86,26 @@ def init_model(
     return out
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909) with digits kept apart and ChatML's special tokens.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Any:
+    """Qwen2's byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909), digits kept apart, with pairs learned from the texts.
 
     The end of a turn is the eos; the end of text, which pads, stops a completion as well. Raises DataError where there is no text.
     """
     counted = _Counted(texts)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(counted, trainer)
-    if not counted.characters:
-        raise DataError(
-            "There is no text to train a tokenizer on: the files have no strings, or not in the fields named"
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    # Not a class of its own: transformers reads a tokenizer next to a Qwen2 model as Qwen2's, whatever was saved there.
+    empty = Qwen2Tokenizer(
         eos_token=END_OF_TURN,
         pad_token=END_OF_TEXT,
         additional_special_tokens=[TURN],
         chat_template=CHAT_TEMPLATE,
         model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
     )
+    tokenizer = empty.train_new_from_iterator(counted, vocab_size, show_progress=False)
+    if not counted.characters:
+        raise DataError(
+            "There is no text to train a tokenizer on: the files have no strings, or not in the fields named"
+        )
+    return tokenizer
 
 
 class _Counted:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -24,6 +27,7 @@ if not sys.stderr.isatty():  # a bar of transformers' is a line a step in a log 
     disable_progress_bar()
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_PROBE = "The answer's 3.14159 = 12345/6789;\n\n  so\tNaïve Zoë wrote: “日本語”, don't!\n"
 _LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -188,7 +192,7 @@ class _Source:
         self.fields = fields
         name = fields.model_name_or_path
         _check_directory(name, "model_name_or_path", ("config.json", "adapter_config.json"))
-        self.hub = {"revision": fields.model_revision, "trust_remote_code": fields.trust_remote_code}
+        self.hub: dict[str, Any] = {"revision": fields.model_revision, "trust_remote_code": fields.trust_remote_code}
         self.adapter: str | None = None
         self.base = name
         found = find_adapter_config_file(name, revision=fields.model_revision)
@@ -230,6 +234,7 @@ class _Source:
             tokenizer.added_tokens_decoder
         ):  # what transformers makes up where the files are missing
             raise ConfigError(f"tokenizer_name_or_path: {name} has no tokenizer; give the directory or hub id of one")
+        _check_splitting(name, revision, tokenizer)
         if fields.chat_template is not None:
             tokenizer.chat_template = _chat_template(fields.chat_template)
         return tokenizer
@@ -288,6 +293,24 @@ def _from_pretrained(model_class: Any, name: str, **kwargs: Any) -> Any:
             f"{name} lacks {len(missing)} of the model's tensors, {missing[0]} first: it is not a whole causal language model"
         )
     return model
+
+
+def _check_splitting(name: str, revision: str, tokenizer: Any) -> None:
+    """Warns where transformers rebuilt the tokenizer in a way that splits text differently from the file that was saved.
+
+    It does so for some model types (Qwen2 among them) whose files came with a tokenizer of another kind.
+    """
+    file = cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return
+    saved = Tokenizer.from_file(file).encode(_PROBE, add_special_tokens=False).ids
+    if saved != tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
+        warnings.warn(
+            f"transformers reads the tokenizer of {name} as a {type(tokenizer).__name__}, which splits text differently from its "
+            "tokenizer.json. If the model was trained on the latter, save the tokenizer anew in a directory without a config.json "
+            "and give that as tokenizer_name_or_path.",
+            stacklevel=2,
+        )
 
 
 def _check_vocabulary(model: Any, tokenizer: Any) -> None:
