@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from llmrl.evaluation.runner import evaluate
 from llmrl.experience.batch import (
     compute_advantages,
     merge_reward_metrics,
+    merge_update_metrics,
     rollout_metrics,
     sample_rows,
     scatter,
@@ -42,7 +43,7 @@ from llmrl.functional.importance import importance_weights, sampling_stats
 from llmrl.functional.masks import top_entropy_threshold
 from llmrl.functional.objective import ObjectiveSettings, policy_objective
 from llmrl.models.forward import PolicyModule
-from llmrl.models.load import disable_dropout, load_reference
+from llmrl.models.load import disable_dropout, is_adapted, load_reference
 from llmrl.rewards.runner import RewardRunner
 from llmrl.rollout.local import LocalEngine
 from llmrl.types import Example, PackedBatch, Prompt, Sampling
@@ -77,22 +78,30 @@ class GRPOTrainer(Trainer):
             [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         )
         self.objective = ObjectiveSettings(**{f.name: getattr(config, f.name) for f in fields(ObjectiveSettings)})
-        self.gap_bound = config.max_logprob_gap
-        if self.gap_bound is None and config.dtype == "float32" and config.mixed_precision == "no":
-            self.gap_bound = 1e-3
         require(config.rewards or funcs, "GRPO needs a reward: give `rewards` in the recipe or reward_funcs")
         self.rewards = RewardRunner(
             config.rewards, reward_funcs=funcs, on_error=config.on_error, workers=config.reward_workers
         )
         super().__init__(config, model=model, tokenizer=tokenizer, callbacks=callbacks)
         disable_dropout(self.model)
+        self.gap_bound = config.max_logprob_gap
+        # The model's own type, not the recipe's: a model that was handed in has the one that it has.
+        if self.gap_bound is None and config.mixed_precision == "no":
+            precise = all(torch.finfo(p.dtype).bits >= 32 for p in self.model.parameters() if p.is_floating_point())
+            self.gap_bound = 1e-3 if precise else None
         self.prompts, self.eval_prompts = self._prompts(train_dataset, eval_dataset)
         self.reference = load_reference(config, self.model) if config.beta > 0 else None
+        if config.beta > 0 and is_adapted(self.model) and config.lora is None:
+            logger.warning(
+                "the KL is to the model without its adapter, also to what the adapter had learnt before this run; to stay near "
+                "the adapted model, merge it first (llmrl merge) and train a new adapter (lora: {r: 16}) on the result"
+            )
         self.reference_module = (
             PolicyModule(self.reference).to(self.backend.device) if self.reference is not None else None
         )
         self.sampler = Sampler(len(self.prompts), seed=config.seed, shuffle=config.shuffle)
         steps = config.max_steps or math.ceil(config.num_train_epochs * len(self.prompts) / config.batch_size)
+        self.trainer_state = {"global_step": 0, "max_steps": steps}
         self.prepare(steps, config.updates_per_step * config.num_iterations, {"sampler": self.sampler})
         self.engine = LocalEngine(
             self.module,
@@ -124,8 +133,8 @@ class GRPOTrainer(Trainer):
         with self.rewards, self.run as run:
             for step in run.steps():
                 self.engine.sync_weights((), version=step - 1)
-                state = {"global_step": step, "max_steps": run.total_steps}
-                metrics = self.update(self.collector.collect(step, trainer_state=state))
+                self.trainer_state["global_step"] = step
+                metrics = self.update(self.collector.collect(step, trainer_state=self.trainer_state))
                 if self.eval_prompts and run.due(self.config.eval_steps, step):
                     metrics |= self.evaluate()
                 metrics["epoch"] = self.sampler.epoch
@@ -141,7 +150,7 @@ class GRPOTrainer(Trainer):
         self._samples = sample_rows(rollouts, advantages)
         metrics = {
             **experience.metrics,
-            **rollout_metrics(rollouts, self.rewards.names, gather),
+            **rollout_metrics(experience.sampled, self.rewards.names, gather),
             **merge_reward_metrics(gather(self.rewards.pop_metrics())),
         }
         tokens = [
@@ -150,6 +159,9 @@ class GRPOTrainer(Trainer):
         ]
         self._tokens, count = (int(n) for n in self.backend.global_sum(tokens))
         if count == 0:
+            logger.warning(
+                "step %d: no group of completions has rewards that differ, so there is no update", experience.step
+            )
             return {**metrics, "loss": 0.0}
         mask_truncated = config.truncated_completions == "mask"
         examples = [
@@ -163,9 +175,8 @@ class GRPOTrainer(Trainer):
         turns = [turn[g.index] for g in experience.groups for _ in g.rollouts]
         parts = [[e for e, t in zip(examples, turns) if t == u] for u in range(config.updates_per_step)]
         scored = [self._prepare_part(part) for part in parts]
-        for _ in range(config.num_iterations):
-            for part, loss_tokens in scored:
-                metrics |= self._optimize(part, loss_tokens)
+        updates = [self._optimize(*part) for _ in range(config.num_iterations) for part in scored]
+        metrics |= merge_update_metrics(updates)
         self._check_gap(metrics)
         return metrics
 
@@ -181,6 +192,7 @@ class GRPOTrainer(Trainer):
             n=config.eval_num_generations,
             sampling=sampling,
             gather=self.backend.gather_json,
+            trainer_state=self.trainer_state,
         )
         self.rewards.pop_metrics()  # the evaluation's own; its failures are in the result
         return {f"eval_{k}": v for k, v in result.metrics().items()}
@@ -225,16 +237,24 @@ class GRPOTrainer(Trainer):
         ]
 
     def _keep_top_entropy(self, examples: list[Example]) -> list[Example]:
-        """Only the tokens of highest entropy get a gradient (Wang et al. 2025, arXiv 2506.01939); denominators stay as they are."""
+        """Only the tokens of highest entropy get a policy gradient (Wang et al. 2025, arXiv 2506.01939).
+
+        The others' advantages become 0: they stay in every denominator, in the KL (as in TRL) and in the ratio of a sequence.
+        """
         values = [torch.from_numpy(e.payload["entropy"][e.loss_mask]) for e in examples]
         flat = torch.cat(values) if values else torch.zeros(0)
         threshold = top_entropy_threshold(flat, self.config.top_entropy_quantile, self.backend.global_sum)
-        return [replace(e, loss_mask=e.loss_mask & (e.payload["entropy"] >= threshold)) for e in examples]
+        return [
+            with_payload(
+                e, advantages=np.where(e.payload["entropy"] >= threshold, e.payload["advantages"], np.float32(0))
+            )
+            for e in examples
+        ]
 
     def _optimize(self, examples: list[Example], loss_tokens: float) -> dict[str, float]:
         """One optimizer step on a part of the rollouts; none where no token is left in the loss on any process."""
         if loss_tokens == 0:
-            return {"loss": 0.0}
+            return {}
         names = ["weights", "advantages", "sampled_logprobs"]
         names += [] if self._on_policy else ["old_logprobs"]
         names += ["ref_logprobs"] if self.config.beta > 0 else []
@@ -301,10 +321,10 @@ class GRPOTrainer(Trainer):
                 config = config.model_copy(update={"max_prompt_length": positions - config.max_completion_length})
         prompts, self.report = build_prompts(rows, self.tokenizer, config)
         prompts = self._with_usable_golds(prompts)
-        return prompts, build_prompts(held_out, self.tokenizer, config)[0] if held_out else []
+        return prompts, self._with_usable_golds(build_prompts(held_out, self.tokenizer, config)[0]) if held_out else []
 
     def _with_usable_golds(self, prompts: list[Prompt]) -> list[Prompt]:
-        """Without the prompts whose reference answer a verifier can't use: they would teach that every answer is wrong."""
+        """Without the prompts whose reference answer a verifier can't use: they would teach, or count, every answer as wrong."""
         bad = self.rewards.check_golds(prompts)
         if not bad:
             return prompts

@@ -65,7 +65,9 @@ class GRPOConfig(Recipe, ModelFields, DataFields, RewardFields, SamplingFields, 
     )
 
     entropy_coef: float = Field(0.0, description="weight of the entropy bonus")
-    top_entropy_quantile: float = Field(1.0, gt=0, le=1, description="share of tokens, by entropy, that get a gradient")
+    top_entropy_quantile: float = Field(
+        1.0, gt=0, le=1, description="share of tokens, the most uncertain, that get a policy gradient; the KL is on all"
+    )
     use_bias_correction_kl: bool = Field(False, description="multiply the KL term by the ratio (TRL's default)")
     max_refills: int = Field(4, ge=0, description="extra sampling rounds when group_filter dropped groups")
     importance_correction: Literal["none", "token_truncate"] = Field(

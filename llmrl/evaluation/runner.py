@@ -126,11 +126,13 @@ def evaluate(
     gather: Callable[[Any], list[Any]] | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
+    trainer_state: Mapping[str, Any] | None = None,
 ) -> EvalResult:
     """Samples `n` completions of each prompt, `batch_size` prompts at once, scores them and counts.
 
     Several processes give each its own share of the prompts and `gather`, which returns every process's value in rank order;
-    all of them get the whole result. Raises DataError when there is no prompt at all; what the engine and the scorer raise passes.
+    all of them get the whole result. `trainer_state` is what reward functions see of a run. Raises DataError when there is no
+    prompt at all; what the engine and the scorer raise passes.
     """
     rows: list[dict[str, Any]] = []
     right = 0
@@ -138,7 +140,7 @@ def evaluate(
         task = bar.add_task("evaluate", total=len(prompts), accuracy="")
         for start in range(0, len(prompts), batch_size):
             groups = engine.generate(prompts[start : start + batch_size], n, sampling)
-            scored = iter(scorer.score([rollout for group in groups for rollout in group]))
+            scored = iter(scorer.score([rollout for group in groups for rollout in group], trainer_state))
             for group in groups:
                 rows.append(_row([next(scored) for _ in group], threshold))
                 right += sum(rows[-1]["correct"])

@@ -96,7 +96,10 @@ def weigh(examples: Sequence[Example], kind: str, constant: int, global_sum: Glo
 
 
 def rollout_metrics(rollouts: Iterable[ScoredRollout], names: Sequence[str], gather: Gather) -> dict[str, float]:
-    """Reward and length statistics of all processes' rollouts of a step, under TRL's metric names."""
+    """Reward and length statistics of all processes' rollouts of a step, under TRL's metric names.
+
+    Give it those of dropped groups too: what dynamic sampling keeps has rewards around the middle whatever the policy is worth.
+    """
     local = [
         [r.rollout.prompt.id, r.reward, len(r.rollout.completion.ids), r.rollout.completion.finish_reason == "length",
          [r.parts.get(n) for n in names]]
@@ -141,6 +144,20 @@ def merge_reward_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, floa
             merged[name] = sum(values)
         else:
             merged[name] = max(values) if name.startswith("reward_seconds/") else sum(values) / len(values)
+    return merged
+
+
+def merge_update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The statistics of a step's updates as one: means, but the least of "*/min", the greatest of "*/max", the last rate.
+
+    Updates that were not made (nothing was left in their loss) are empty and don't count; a step without any has loss 0.
+    """
+    made = [update for update in updates if update]
+    merged = {"loss": 0.0}
+    for name in made[0] if made else ():
+        values = [update[name] for update in made]
+        kind = "last" if name == "learning_rate" else name.rpartition("/")[2]
+        merged[name] = {"last": values[-1], "min": min(values), "max": max(values)}.get(kind, sum(values) / len(values))
     return merged
 
 

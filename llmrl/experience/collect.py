@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
+from llmrl.errors import LLMRLError
 from llmrl.types import Prompt, Rollout, RolloutEngine, Sampling, ScoredRollout
 
 Gather = Callable[[Any], list[Any]]
@@ -41,15 +43,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Experience:
-    """This process's groups of one step, and what was drawn and dropped over all processes."""
+    """This process's groups of one step, kept and dropped ones, and how many were drawn and dropped over all processes."""
 
     step: int
     groups: list[Group]
     metrics: dict[str, float] = field(default_factory=dict)
+    dropped: list[Group] = field(default_factory=list)
 
     @property
     def rollouts(self) -> list[ScoredRollout]:
         return [r for g in self.groups for r in g.rollouts]
+
+    @property
+    def sampled(self) -> list[ScoredRollout]:
+        """Those of dropped groups too."""
+        return [r for g in [*self.groups, *self.dropped] for r in g.rollouts]
 
 
 def zero_truncated(scored: ScoredRollout) -> ScoredRollout:
@@ -91,7 +99,10 @@ class Collector:
         self.gather: Gather = gather or (lambda value: [value])
 
     def collect(self, step: int, trainer_state: Any = None) -> Experience:
-        """Samples and scores until `batch_size` groups are kept or the rounds are used up."""
+        """Samples and scores until `batch_size` groups are kept or the rounds are used up.
+
+        What the engine or the scorer raises passes; on the other processes it is an LLMRLError that says whose error it was.
+        """
         kept: dict[int, bool] = {}  # draw index -> kept, over all processes
         mine: list[Group] = []
         seen: Counter[str] = Counter()
@@ -99,7 +110,7 @@ class Collector:
         while (missing := self.batch_size - sum(kept.values())) > 0 and rounds <= self.max_refills:
             draws = [self._distinct(self.prompts[i], seen) for i in self.sampler.take(missing)]
             share = [(drawn + j, p) for j, p in enumerate(draws) if (drawn + j) % self.world_size == self.rank]
-            groups = self._sample(share, step, trainer_state)
+            groups = self._together(partial(self._sample, share, step, trainer_state))
             mine += groups
             drawn += len(draws)
             rounds += 1
@@ -108,14 +119,26 @@ class Collector:
                 break
             for flags in self.gather([[g.index, g.informative] for g in groups]):
                 kept.update({int(i): bool(flag) for i, flag in flags})
-        groups = [g for g in mine if kept[g.index]]
+        groups, dropped = ([g for g in mine if kept[g.index] is flag] for flag in (True, False))
         n_kept = sum(kept.values())
         metrics = {
             "groups/kept": float(n_kept),
             "groups/dropped": float(drawn - n_kept),
             "groups/rounds": float(rounds),
         }
-        return Experience(step, groups, metrics if self.drop_zero_std else {})
+        return Experience(step, groups, metrics if self.drop_zero_std else {}, dropped)
+
+    def _together(self, action: Callable[[], list[Group]]) -> list[Group]:
+        """`action()`; when it fails on one process, all of them raise, so that none waits for the others until the time limit."""
+        try:
+            result = action()
+        except Exception as error:
+            self.gather(f"{type(error).__name__}: {error}")
+            raise
+        failed = {rank: text for rank, text in enumerate(self.gather(None)) if text is not None}
+        if failed:
+            raise LLMRLError("; ".join(f"process {rank} failed: {text}" for rank, text in failed.items()))
+        return result
 
     def _sample(self, share: list[tuple[int, Prompt]], step: int, trainer_state: Any) -> list[Group]:
         sampling = replace(self.sampling, step=step)

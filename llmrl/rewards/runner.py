@@ -265,11 +265,13 @@ class RewardRunner:
         for outcome in result.outcomes:
             self._counts[f"{function.name}/{outcome.kind}"] += 1
         failed = [(r, o) for r, o in zip(rollouts, result.outcomes, strict=True) if o.kind in FAILURES]
-        for rollout, outcome in failed[:LOGGED_FAILURES]:
+        one_reason = len(failed) == len(rollouts) and len({o.detail for _, o in failed}) == 1  # a call that failed
+        shown = failed[: 1 if one_reason else LOGGED_FAILURES]
+        for rollout, outcome in shown:
             logger.warning("%s", _report(function.name, rollout, outcome))
-        if len(failed) > LOGGED_FAILURES:
+        if len(failed) > len(shown):
             logger.warning(
-                "reward function %r: %d more rows failed in this call", function.name, len(failed) - LOGGED_FAILURES
+                "reward function %r: %d more rows failed in this call", function.name, len(failed) - len(shown)
             )
         if self._on_error == "skip" or not failed:
             return

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from llmrl.data.sampler import Sampler
+from llmrl.errors import LLMRLError, RolloutError
 from llmrl.experience.collect import Collector, Group, zero_truncated
 from llmrl.types import Completion, Prompt, Rollout, Sampling, ScoredRollout
 
@@ -55,7 +56,7 @@ def collector(n=40, engine=None, **settings):
     )
 
 
-def parallel(world_size, **settings):
+def parallel(world_size, engines=None, **settings):
     """The experiences of `world_size` processes, as threads that meet in gather."""
     barrier, board = threading.Barrier(world_size), [None] * world_size
     out = [None] * world_size
@@ -68,7 +69,12 @@ def parallel(world_size, **settings):
             barrier.wait()
             return everything
 
-        out[rank] = collector(rank=rank, world_size=world_size, gather=gather, **settings).collect(1)
+        engine = engines[rank] if engines else None
+        part = collector(rank=rank, world_size=world_size, gather=gather, engine=engine, **settings)
+        try:
+            out[rank] = part.collect(1)
+        except LLMRLError as error:
+            out[rank] = error
 
     threads = [threading.Thread(target=run, args=(r,)) for r in range(world_size)]
     for t in threads:
@@ -89,6 +95,16 @@ def test_the_same_groups_on_any_number_of_processes(drop, world_size):
         (g.index, [r.rollout for r in g.rollouts]) for g in alone.groups
     ]
     assert all(e.metrics == alone.metrics for e in parts)
+
+
+def test_a_failure_of_one_process_is_raised_by_all():
+    class Broken(KeyedEngine):
+        def generate(self, prompts, num_generations, sampling):
+            raise RolloutError("logits are not finite")
+
+    first, second = parallel(2, engines=[KeyedEngine(), Broken()])
+    assert isinstance(second, RolloutError)
+    assert isinstance(first, LLMRLError) and "process 1 failed: RolloutError: logits are not finite" in str(first)
 
 
 def test_groups_without_signal_are_replaced():

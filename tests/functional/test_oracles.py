@@ -137,12 +137,12 @@ def test_grpo(model, case):
     }
     if "top_entropy_quantile" in c:
         keep = entropy.detach() >= top_entropy_threshold(entropy.detach(), c["top_entropy_quantile"])
-        data = {name: values[keep] for name, values in data.items()}
+        data["advantages"] = data["advantages"].where(keep, 0.0)
     loss, stats = policy_objective(**data, num_sequences=n, token_share=1 / sum(lengths), settings=settings)
     check(model, loss, case)
     if c.get("importance_sampling_level") != "sequence" and not {"top_entropy_quantile", "delta"} & set(c):
         # At the sequence level TRL's clip ratios are shares of sequences, ours of tokens; with delta, TRL counts the ratio that
-        # delta has capped already; and statistics here are over the tokens that the head saw.
+        # delta has capped already; with top_entropy_quantile, it counts clipped tokens that get no gradient.
         shared = set(stats) & set(case["metrics"])
         assert shared >= {"entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
         assert ("kl" in shared) == (c["beta"] > 0)
