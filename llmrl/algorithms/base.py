@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmrl.data.packing import cut, empty_example, pack, shard
+from llmrl.data.build import DataReport
+from llmrl.data.packing import cut, pack, shard
 from llmrl.errors import ConfigError
 from llmrl.models.forward import PolicyModule
 from llmrl.models.load import load_policy, load_weights, save_model, stop_token_ids
@@ -19,6 +20,7 @@ class Trainer:
     """Base of the trainers. `model` and `tokenizer` default to what the recipe names; a model that was handed in is trained in place."""
 
     kind: str
+    report: DataReport | None = None
 
     def __init__(self, config: Any, *, model: Any = None, tokenizer: Any = None, callbacks: Sequence[Any] = ()) -> None:
         if (model is None) != (tokenizer is None):
@@ -48,6 +50,8 @@ class Trainer:
             callbacks=self.callbacks,
             trainer=self,
         )
+        if self.report is not None:
+            self.run.progress.message(self.report.summary())
 
     def save_model(self, path: str | Path) -> None:
         """Writes the model (the adapter alone, for LoRA) and the tokenizer in the Hugging Face layout."""
@@ -63,11 +67,6 @@ class Trainer:
     def share(self, examples: Sequence[Example]) -> list[Example]:
         """This process's part of examples that every process holds, balanced by cost."""
         return shard(examples, self.backend.rank, self.backend.world_size)
-
-
-def empty_like(examples: Sequence[Example], names: Sequence[str]) -> Callable[[], list[Example]]:
-    """A maker of zero-weight microbatches with the payloads `names`, for a process that has fewer than the others."""
-    return lambda: [empty_example(names)]
 
 
 def require(condition: Any, message: str) -> None:

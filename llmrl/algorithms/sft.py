@@ -15,10 +15,9 @@ import numpy as np
 
 from llmrl.algorithms.base import Trainer, require
 from llmrl.config.sft import SFTConfig
-from llmrl.data.build import build_sft_examples, split
+from llmrl.data.build import build_sft_examples, rows_of
 from llmrl.data.packing import empty_example
 from llmrl.data.sampler import Sampler
-from llmrl.data.sources import load_rows, rows_from
 from llmrl.types import Example
 
 
@@ -57,8 +56,9 @@ class SFTTrainer(Trainer):
             for step in run.steps():
                 rows = [self.examples[i] for i in self.sampler.take(self.config.batch_size)]
                 parts = np.array_split(np.arange(len(rows)), min(self.config.updates_per_step, len(rows)))
-                for part in parts:
-                    metrics = self.update([rows[i] for i in part])
+                updates = [self.update([rows[i] for i in part]) for part in parts]
+                metrics = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
+                metrics["learning_rate"] = updates[-1]["learning_rate"]
                 if self.eval_examples and run.due(self.config.eval_steps, step):
                     metrics["eval_loss"] = self.evaluate()
                 metrics["epoch"] = self.sampler.epoch
@@ -97,22 +97,24 @@ class SFTTrainer(Trainer):
 
     def _examples(self, train: Any, evaluation: Any) -> tuple[list[Example], list[Example]]:
         config = self.config
-        if _tokenised(train) and (evaluation is None or _tokenised(evaluation)):
-            return _as_units(train), _as_units(evaluation or [])
-        rows = rows_from(train) if train is not None else load_rows(config.dataset, seed=config.seed)
-        require(len(rows), "no training rows: give `dataset` in the recipe or train_dataset")
-        held_out = None
-        if evaluation is not None:
-            held_out = rows_from(evaluation)
-        elif config.eval_dataset:
-            held_out = load_rows(config.eval_dataset, seed=config.seed)
-        elif config.eval_fraction:
-            rows, held_out = split(rows, config.eval_fraction, seed=config.seed)
+        require(
+            not (_tokenised(train) and config.eval_fraction),
+            "eval_fraction can't hold out rows of a train_dataset of `Example`s: split it, and give the rest as eval_dataset",
+        )
+        rows, held_out = rows_of(
+            config, [] if _tokenised(train) else train, [] if _tokenised(evaluation) else evaluation
+        )
+        require(len(rows) or _tokenised(train), "no training rows: give `dataset` in the recipe or train_dataset")
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         build = partial(
             build_sft_examples, tokenizer=self.tokenizer, config=config, stop_ids=self.stop_ids, max_length=limit
         )
-        examples, self.report = build(rows)
+        if _tokenised(train):
+            examples = _as_units(train)
+        else:
+            examples, self.report = build(rows)
+        if _tokenised(evaluation):
+            return examples, _as_units(evaluation)
         return examples, build(held_out)[0] if held_out else []
 
 

@@ -53,8 +53,7 @@ def run(argv: Sequence[str]) -> int:
 
 def check(config: SFTConfig | GRPOConfig, console: Console) -> list[str]:
     """Prints every section and returns what would stop a run."""
-    from llmrl.data.build import split
-    from llmrl.data.sources import load_rows
+    from llmrl.data.build import rows_of
     from llmrl.models.load import load_skeleton, stop_token_ids
     from llmrl.models.packing import packing_support
     from llmrl.models.shape import shape_of
@@ -62,16 +61,13 @@ def check(config: SFTConfig | GRPOConfig, console: Console) -> list[str]:
     model, tokenizer = load_skeleton(config)
     shape, stop_ids = shape_of(model), stop_token_ids(model, tokenizer)
     packing = packing_support(model.config)
-    rows = load_rows(config.dataset, seed=config.seed)
-    held_out: Sequence[Any] = load_rows(config.eval_dataset, seed=config.seed) if config.eval_dataset else []
-    if config.eval_fraction and not held_out:
-        rows, held_out = split(rows, config.eval_fraction, seed=config.seed)
+    rows, held_out = rows_of(config)
     heading(console, f"Data: {len(rows)} rows to train on, {len(held_out)} to evaluate on")
     stops = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))
     if isinstance(config, SFTConfig):
-        lengths, problems = _check_examples(config, console, rows, tokenizer, stop_ids, shape)
+        lengths, problems = _check_examples(config, console, rows, held_out, tokenizer, stop_ids, shape)
     else:
-        lengths, problems = _check_prompts(config, console, rows, tokenizer, shape)
+        lengths, problems = _check_prompts(config, console, rows, held_out, tokenizer, shape)
     console.print(Text(f"\nA completion ends with: {stops}"))
     if packing == "one_by_one":
         console.print(Text("note: this model can't be packed; its sequences run one after another", style="yellow"))
@@ -83,12 +79,15 @@ def check(config: SFTConfig | GRPOConfig, console: Console) -> list[str]:
 
 
 def _check_examples(
-    config: SFTConfig, console: Console, rows: Any, tokenizer: Any, stop_ids: Any, shape: ModelShape
+    config: SFTConfig, console: Console, rows: Any, held_out: Any, tokenizer: Any, stop_ids: Any, shape: ModelShape
 ) -> tuple[list[int], list[str]]:
     from llmrl.data.build import build_sft_examples
 
     examples, report = build_sft_examples(rows, tokenizer, config, stop_ids, max_length=shape.positions)
     _print_report(console, report)
+    if held_out:
+        _, held_out_report = build_sft_examples(held_out, tokenizer, config, stop_ids, max_length=shape.positions)
+        _print_report(console, held_out_report, "to evaluate on: ")
     lengths = [len(e) for e in examples]
     _print_lengths(console, {"tokens": lengths, "learned tokens": [int(e.loss_mask.sum()) for e in examples]})
     heading(console, f"{min(SHOWN_ROWS, len(examples))} rows as the model sees them")
@@ -102,12 +101,14 @@ def _check_examples(
 
 
 def _check_prompts(
-    config: GRPOConfig, console: Console, rows: Any, tokenizer: Any, shape: ModelShape
+    config: GRPOConfig, console: Console, rows: Any, held_out: Any, tokenizer: Any, shape: ModelShape
 ) -> tuple[list[int], list[str]]:
     from llmrl.data.build import build_prompts
 
     prompts, report = build_prompts(rows, tokenizer, config)
     _print_report(console, report)
+    if held_out:
+        _print_report(console, build_prompts(held_out, tokenizer, config)[1], "to evaluate on: ")
     lengths = [len(p.ids) for p in prompts]
     _print_lengths(console, {"prompt tokens": lengths})
     heading(
@@ -129,10 +130,10 @@ def _check_prompts(
     return lengths, problems
 
 
-def _print_report(console: Console, report: DataReport) -> None:
+def _print_report(console: Console, report: DataReport, what: str = "") -> None:
     share = report.supervised_tokens / max(report.tokens, 1)
     parts = [
-        f"{report.examples} kept, {report.dropped} dropped, {report.truncated} truncated; {report.tokens:,} tokens"
+        f"{what}{report.examples} kept, {report.dropped} dropped, {report.truncated} truncated; {report.tokens:,} tokens"
     ]
     if report.supervised_tokens:
         parts.append(f"{report.supervised_tokens:,} of them learned ({share:.0%})")

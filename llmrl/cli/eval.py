@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -44,11 +46,23 @@ def run(argv: Sequence[str]) -> int:
         return 0
     path, rest = split_config(argv)
     config = load_recipe("eval", path, _as_overrides(rest))
+    if config.output:
+        _check_output(Path(config.output))
     result = evaluate_model(config, progress=True)
     print_result(result, config)
     if config.output:
         print(f"results: {result.save(config.output)}")
     return 0
+
+
+def _check_output(path: Path) -> None:
+    """A long evaluation must not end in a file that can't be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output: {path.parent} can't be made ({error}); give the path of a new file") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"output: {path} can't be written; give the path of a file, such as results.json")
 
 
 def _as_overrides(argv: Sequence[str]) -> list[str]:
@@ -91,6 +105,7 @@ def evaluate_model(config: EvalConfig, *, progress: bool = False) -> EvalResult:
             "data": [source.path for source in config.data],
             "config": config.model_dump(mode="json"),
             "truncated_prompts": report.truncated,
+            "notes": list(report.notes),
             "unusable_answers": [{"id": b.prompt_id, "reason": b.reason} for b in bad],
         }
         return evaluate(
@@ -145,6 +160,7 @@ def print_result(result: EvalResult, config: EvalConfig) -> None:
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row("problems x completions", f"{len(result.rows)} x {result.n}")
+    table.add_row("temperature", f"{config.temperature:g}{'' if config.temperature else ' (greedy)'}")
     table.add_row("accuracy", f"{result.accuracy:.4f}")
     table.add_row("95% interval", f"{low:.4f} to {high:.4f}")
     for k, value in result.pass_at_k.items():
@@ -154,6 +170,8 @@ def print_result(result: EvalResult, config: EvalConfig) -> None:
     table.add_row("cut by the token limit", f"{result.truncation_rate:.1%}")
     console = Console()
     console.print(table)
+    for note in result.settings.get("notes", ()):
+        console.print(f"note: {note}", markup=False)
     if result.failures:
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(result.failures.items()))
         console.print(f"Without a score, counted as wrong: {listed}")

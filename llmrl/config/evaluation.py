@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmrl.config.base import Recipe
 from llmrl.config.data import Sources
@@ -22,7 +22,11 @@ class EvalConfig(Recipe, ModelFields, SamplingFields):
     output: str | None = Field(None, description="results JSON; default: printed only")
     n: int = Field(1, ge=1, description="completions a problem")
     seed: int = Field(0, description="of the sampling")
-    temperature: float = Field(0.0, ge=0, description="divides the logits; 0 is greedy")
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        description="divides the logits; 0 is greedy; default with n above 1: 1, since greedy ones are all the same",
+    )
     max_completion_length: int = Field(512, ge=1, description="tokens sampled at most")
     scorer: RewardSpec = Field(
         RewardSpec(function="math_answer"), description="what judges a completion: a reward function"
@@ -33,3 +37,19 @@ class EvalConfig(Recipe, ModelFields, SamplingFields):
     )
     batch_size: int = Field(64, ge=1, description="prompts sampled at once")
     rollout: RolloutSettings = Field(RolloutSettings(), description="the engine")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sample_for_several(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("n"), int) and data["n"] > 1:
+            return {"temperature": 1.0, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"temperature 0 gives n={self.n} equal completions of each problem, which say no more than one; use n=1, or a "
+                "temperature above 0"
+            )
+        return self

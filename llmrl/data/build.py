@@ -14,8 +14,8 @@ from llmrl.config.grpo import GRPOConfig
 from llmrl.config.sft import SFTConfig
 from llmrl.data.chat import ChatRenderer, Rendered, Tokens
 from llmrl.data.sampler import permutation
-from llmrl.data.schemas import ChatRow, Problems, PromptRow, TextRow, read_prompts, read_sft
-from llmrl.data.sources import Row, Rows
+from llmrl.data.schemas import ChatRow, Problems, PromptRow, TextRow, prompt_column, read_prompts, read_sft
+from llmrl.data.sources import Row, Rows, load_rows, rows_from
 from llmrl.errors import DataError
 from llmrl.types import Example, Prompt
 
@@ -149,7 +149,23 @@ def prompts_from_rows(
         raise DataError(
             f"all {len(rows)} prompts are longer than max_prompt_length {max_prompt_length}; raise it, or use `on_overlong: truncate`"
         )
-    return prompts, _report(rows, [len(p.ids) for p in prompts], dropped, truncated, _tool_notes(checked, renderer))
+    notes = _tool_notes(checked, renderer)
+    for name in sorted({name for row in rows if (name := prompt_column(row.values)) not in ("prompt", None)}):
+        notes += (f"there is no column `prompt`: `{name}` is the prompt",)
+    return prompts, _report(rows, [len(p.ids) for p in prompts], dropped, truncated, notes)
+
+
+def rows_of(config: SFTConfig | GRPOConfig, train: Any = None, evaluation: Any = None) -> tuple[Rows, Rows]:
+    """(training rows, evaluation rows) of a recipe; what is handed over in Python replaces the recipe's. Either may be empty.
+
+    The evaluation rows are `evaluation`, else `eval_dataset`, else `eval_fraction` of the training rows.
+    """
+    rows = rows_from(train) if train is not None else load_rows(config.dataset, seed=config.seed)
+    if evaluation is not None:
+        return rows, rows_from(evaluation)
+    if config.eval_dataset:
+        return rows, load_rows(config.eval_dataset, seed=config.seed)
+    return split(rows, config.eval_fraction, seed=config.seed) if rows else (rows, [])
 
 
 def split(rows: Rows, fraction: float, *, seed: int = 0) -> tuple[Rows, Rows]:
@@ -180,7 +196,8 @@ def split(rows: Rows, fraction: float, *, seed: int = 0) -> tuple[Rows, Rows]:
 
 def _key(row: Row) -> str:
     values = row.values
-    content = next((values[name] for name in ("prompt", "messages", "text") if name in values), values)
+    name = next((name for name in ("prompt", "messages", "text") if name in values), prompt_column(values))
+    content = values if name is None else values[name]
     return json.dumps(content, sort_keys=True, default=str)
 
 

@@ -86,6 +86,7 @@ class ChatRenderer:
         """A plain string as it is; a conversation up to where the assistant speaks (or goes on speaking, if it speaks last)."""
         if isinstance(row.text, str):
             return Rendered(row.text, (), False, row.origin)
+        self._check_tool_calls(row.text, row.tools)
         goes_on = row.text[-1]["role"] == "assistant"
         text = self._render(row.text, row, add_generation_prompt=not goes_on, continue_final_message=goes_on)
         return Rendered(text, (), True, row.origin)
@@ -99,6 +100,7 @@ class ChatRenderer:
         if isinstance(row, TextRow):
             text = row.prompt + row.completion
             return [Rendered(text, ((len(row.prompt), len(text)),), False, row.origin)]
+        self._check_tool_calls(row.messages, row.tools)
         marked = self._by_markers(row)
         if marked is not None:
             return [marked]
@@ -235,6 +237,15 @@ class ChatRenderer:
             raise DataError(
                 "the row is a conversation, but the tokenizer has no chat template; set `chat_template:`, or give plain strings"
             ) from error
+
+    def _check_tool_calls(self, messages: Messages, tools: list[Any] | None) -> None:
+        """A template that knows no tool calls writes such a turn as "None", or as nothing at all, and the model would learn that."""
+        i = next((i for i, message in enumerate(messages) if message.get("tool_calls")), None)
+        if i is not None and "tool_calls" not in self._template(tools):
+            raise DataError(
+                f"message {i} has tool_calls, but the chat template does not write them; give one that does (`chat_template:`), "
+                "or write the call into the message's content"
+            )
 
     def uses_tools(self) -> bool:
         """Whether the chat template writes a row's tools at all."""

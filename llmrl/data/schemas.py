@@ -107,7 +107,8 @@ def read_prompts(rows: Sequence[Row], *, system_prompt: str | None = None) -> li
     """Checked prompts; raises one DataError that lists the bad rows.
 
     A string stays a plain string (it is not put through the chat template), unless there is a system prompt, which makes it the
-    user's turn of a conversation. `columns` are all columns but prompt, completion and completion_ids.
+    user's turn of a conversation. `columns` are all columns but prompt, completion and completion_ids. Where there is no column
+    `prompt`, see `prompt_column`.
     """
     problems, out = Problems(), []
     for row in rows:
@@ -154,17 +155,26 @@ def _sft_row(row: Row, system_prompt: str | None) -> TextRow | ChatRow:
 
 def _prompt_row(row: Row, system_prompt: str | None) -> PromptRow:
     values = row.values
-    if "prompt" not in values:
+    name = prompt_column(values)
+    if name is None:
         raise DataError(_missing("prompt", "'prompt'", values))
-    text = values["prompt"]
+    text = values[name]
     if isinstance(text, str):
-        _not_blank(text, "prompt")
+        _not_blank(text, name)
         if system_prompt is not None:
             text = _with_system([{"role": "user", "content": text}], system_prompt)
     else:
-        text = _with_system(_prompt_messages(text, "prompt"), system_prompt)
+        text = _with_system(_prompt_messages(text, name), system_prompt)
     columns = {k: v for k, v in values.items() if k not in ("prompt", "completion", "completion_ids")}
     return PromptRow(text, _tools(values), _template_kwargs(values), columns, row.origin)
+
+
+def prompt_column(values: Mapping[str, Any]) -> str | None:
+    """`prompt`; without it `question` or `problem`, as benchmarks call it, where only one of them is there."""
+    if "prompt" in values:
+        return "prompt"
+    names = [name for name in ("question", "problem") if name in values]
+    return names[0] if len(names) == 1 else None
 
 
 def _chat_row(

@@ -17,13 +17,17 @@ Family = Literal["qwen2", "qwen3", "llama", "mistral", "gemma2"]
 END_OF_TEXT, TURN, END_OF_TURN = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 CHAT_TEMPLATE = """\
-{% for message in messages %}<|im_start|>{{ message['role'] }}
-{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\
+{% if tools %}<|im_start|>tools
+{{ tools | tojson }}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}
+{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] or '' }}\
+{% for call in message['tool_calls'] or [] %}<tool_call>{{ (call['function'] or call) | tojson }}</tool_call>{% endfor %}\
+<|im_end|>{% endgeneration %}\
 {% else %}{{ message['content'] }}<|im_end|>{% endif %}
 
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-"""ChatML, with the assistant's part marked for the loss. A newline after a block is dropped, as transformers renders templates."""
+"""ChatML with tools and tool calls as JSON, and the assistant's part marked for the loss. A newline after a block is dropped, as transformers renders templates."""
 
 
 def init_model(

@@ -25,6 +25,8 @@ _EVAL_DATA = ("eval_dataset", "eval_fraction")  # these take rows away from trai
 def find_start(config: Any, kind: str, store: CheckpointStore) -> Path | None:
     """The checkpoint to continue from, None to begin. Raises ConfigError when going on would mix two runs or destroy one."""
     directory = Path(config.output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"output_dir: {directory} is a file; choose a directory, new or of an earlier run")
     if _same(Path(config.model_name_or_path), directory / "model"):
         raise ConfigError(
             f"model_name_or_path is {config.model_name_or_path}, where this run would write its own model. "

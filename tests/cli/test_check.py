@@ -117,6 +117,17 @@ def test_bad_rows_and_missing_models_end_with_one_message(capsys, data, tiny_mod
     assert code == 2 and "/nowhere/model" in err
 
 
+def test_bad_evaluation_rows_are_found_too(capsys, data, tiny_model_dir):
+    bad = data([{"messages": [{"role": "user", "content": "three"}]}], "bad.jsonl")
+    code, _, err = _check(capsys, "sft", tiny_model_dir, data(CHAT), f"eval_dataset={bad}")
+    assert code == 2 and "bad.jsonl:1: no assistant message" in err
+    bad = data([{"prompt": ""}], "bad.jsonl")
+    code, _, err = _check(capsys, "grpo", tiny_model_dir, data(SUMS), f"eval_dataset={bad}", "rewards=math_answer")
+    assert code == 2 and "bad.jsonl:1: column 'prompt' is empty" in err
+    code, out, _ = _check(capsys, "sft", tiny_model_dir, data(CHAT), "eval_fraction=0.3")
+    assert code == 0 and "to evaluate on: 2 kept" in out
+
+
 def test_real_prompts(capsys, tiny_model_dir):
     path = shared_data("eval_gsm8k.jsonl")
     code, out, _ = _check(

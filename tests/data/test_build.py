@@ -11,7 +11,7 @@ import pytest
 from llmrl.config.data import DatasetSource
 from llmrl.config.grpo import GRPOConfig
 from llmrl.config.sft import SFTConfig
-from llmrl.data.build import build_prompts, build_sft_examples, prompts_from_rows, split
+from llmrl.data.build import build_prompts, build_sft_examples, prompts_from_rows, rows_of, split
 from llmrl.data.sources import load_rows, rows_from
 from llmrl.errors import DataError
 
@@ -237,8 +237,8 @@ def test_overlong_prompts(tokenizer):
     ("row", "message"),
     [
         (
-            {"question": "q", "answer": "1"},
-            r"no column 'prompt'.*columns: question, answer.*columns: {prompt: question}",
+            {"question": "q", "problem": "p"},
+            r"no column 'prompt'.*columns: question, problem.*columns: {prompt: question}",
         ),
         ({"prompt": ""}, "column 'prompt' is empty"),
         ({"prompt": []}, "column 'prompt' is an empty list"),
@@ -249,6 +249,40 @@ def test_overlong_prompts(tokenizer):
 def test_bad_prompts_are_named(tokenizer, row, message):
     with pytest.raises(DataError, match=r"dataset\[1\]: .*" + message):
         prompts_from_rows(rows_from([{"prompt": "fine"}, row]), tokenizer)
+
+
+def test_question_and_problem_are_the_prompt_where_there_is_no_other(tokenizer):
+    rows = rows_from([{"prompt": "the", "question": "is"}, {"question": "is", "answer": "1"}, {"problem": "three"}])
+    prompts, report = prompts_from_rows(rows, tokenizer)
+    assert [p.text for p in prompts] == ["the", "is", "three"]
+    assert prompts[1].columns == {"question": "is", "answer": "1"}
+    assert len(report.notes) == 2 and "`problem` is the prompt" in report.notes[0]
+    with pytest.raises(DataError, match="column 'question' is empty"):
+        prompts_from_rows(rows_from([{"question": " "}]), tokenizer)
+
+
+def test_rows_of_a_recipe(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"question": "q{i // 2}", "answer": "{i}"}}\n' for i in range(20)))
+    config = GRPOConfig(model_name_or_path="m", output_dir="o", dataset=str(path), eval_fraction=0.3)
+    rows, held_out = rows_of(config)
+    assert (len(rows), len(held_out)) == (14, 6)
+    asked = [{row.values["question"] for row in part} for part in (rows, held_out)]
+    assert not asked[0] & asked[1]
+    given = [{"prompt": "x"}]
+    assert [len(part) for part in rows_of(config, given, given)] == [1, 1]
+    config = config.model_copy(update={"eval_dataset": config.dataset})
+    assert [len(part) for part in rows_of(config)] == [20, 20]
+    assert [len(part) for part in rows_of(config, given)] == [1, 20]
+
+
+def test_tool_calls_that_the_template_does_not_write_are_refused(tokenizer):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(DataError, match=r"dataset\[0\]: .*message 1 has tool_calls, .*the chat template"):
+        sft([{"messages": messages}], tokenizer)
+    with pytest.raises(DataError, match="message 1 has tool_calls"):
+        prompts_from_rows(rows_from([{"prompt": [*messages, {"role": "tool", "content": "3"}]}]), tokenizer)
 
 
 def test_sft_and_rl_see_the_same_prompt_tokens(tokenizer):

@@ -55,6 +55,23 @@ def test_the_template_marks_what_the_assistant_says(tmp_path):
     assert tokenizer.apply_chat_template(messages[:3], tokenize=False).startswith(prompt)
 
 
+def test_the_template_writes_tools_and_tool_calls(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(init_model(tmp_path / "m", **SMALL))
+    call = {"type": "function", "function": {"name": "times", "arguments": {"a": 3}}}
+    messages = [{"role": "user", "content": "3*4?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": "12"}, {"role": "assistant", "content": "twelve"}]  # fmt: skip
+    tools = [{"name": "times"}]
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    written = '<tool_call>{"name": "times", "arguments": {"a": 3}}</tool_call>'
+    assert text == (
+        '<|im_start|>tools\n[{"name": "times"}]<|im_end|>\n<|im_start|>user\n3*4?<|im_end|>\n'
+        f"<|im_start|>assistant\n{written}<|im_end|>\n<|im_start|>tool\n12<|im_end|>\n<|im_start|>assistant\ntwelve<|im_end|>\n"
+    )
+    out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    kept = [i for i, m in zip(out["input_ids"], out["assistant_masks"]) if m]
+    assert tokenizer.decode(kept) == f"{written}<|im_end|>twelve<|im_end|>"
+
+
 def test_any_text_survives_and_digits_stay_apart(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(init_model(tmp_path / "m", **SMALL))
     for text in ("  Zwölf  Äpfel\n\n\t日本 🙂", "a <|im_start|> b", "12345"):
