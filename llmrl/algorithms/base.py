@@ -21,6 +21,7 @@ class Trainer:
 
     kind: str
     report: DataReport | None = None
+    eval_report: DataReport | None = None
 
     def __init__(self, config: Any, *, model: Any = None, tokenizer: Any = None, callbacks: Sequence[Any] = ()) -> None:
         if (model is None) != (tokenizer is None):
@@ -50,8 +51,9 @@ class Trainer:
             callbacks=self.callbacks,
             trainer=self,
         )
-        if self.report is not None:
-            self.run.progress.message(self.report.summary())
+        for what, report in (("training", self.report), ("evaluation", self.eval_report)):
+            if report is not None:
+                self.run.progress.message(f"{what} data: {report.summary()}")
 
     def save_model(self, path: str | Path) -> None:
         """Writes the model (the adapter alone, for LoRA) and the tokenizer in the Hugging Face layout."""

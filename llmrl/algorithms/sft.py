@@ -115,7 +115,10 @@ class SFTTrainer(Trainer):
             examples, self.report = build(rows)
         if _tokenised(evaluation):
             return examples, _as_units(evaluation)
-        return examples, build(held_out)[0] if held_out else []
+        if not held_out:
+            return examples, []
+        eval_examples, self.eval_report = build(held_out)
+        return examples, eval_examples
 
 
 def _tokenised(rows: Any) -> bool:

@@ -30,9 +30,9 @@ def test_a_step_of_several_updates_records_their_mean(tiny_model_dir, tmp_path):
 
 
 def test_what_was_dropped_is_said(tiny_model_dir, tmp_path, capsys):
-    SFTTrainer(config(tiny_model_dir, tmp_path, max_length=12), train_dataset=ROWS)
+    SFTTrainer(config(tiny_model_dir, tmp_path, max_length=12), train_dataset=ROWS, eval_dataset=ROWS[:2])
     said = capsys.readouterr().out
-    assert "6 rows -> " in said and " dropped" in said
+    assert "training data: 6 rows -> " in said and " dropped" in said and "evaluation data: 2 rows -> 2" in said
 
 
 def test_examples_and_rows_mix(tiny_model_dir, tmp_path):
