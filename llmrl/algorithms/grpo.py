@@ -21,10 +21,9 @@ import torch
 
 from llmrl.algorithms.base import Trainer, require
 from llmrl.config.grpo import GRPOConfig
-from llmrl.data.build import build_prompts, split
+from llmrl.data.build import build_prompts, rows_of
 from llmrl.data.packing import empty_example
 from llmrl.data.sampler import Sampler
-from llmrl.data.sources import load_rows, rows_from
 from llmrl.errors import DivergenceError
 from llmrl.evaluation.runner import evaluate
 from llmrl.experience.batch import (
@@ -158,11 +157,10 @@ class GRPOTrainer(Trainer):
             float(len(rollouts)),
         ]
         self._tokens, count = (int(n) for n in self.backend.global_sum(tokens))
-        if count == 0:
+        if count == 0 and self.backend.is_main:
             logger.warning(
                 "step %d: no group of completions has rewards that differ, so there is no update", experience.step
             )
-            return {**metrics, "loss": 0.0}
         mask_truncated = config.truncated_completions == "mask"
         examples = [
             to_example(r, a, unit, mask_truncated=mask_truncated)
@@ -252,17 +250,21 @@ class GRPOTrainer(Trainer):
         ]
 
     def _optimize(self, examples: list[Example], loss_tokens: float) -> dict[str, float]:
-        """One optimizer step on a part of the rollouts; none where no token is left in the loss on any process."""
-        if loss_tokens == 0:
-            return {}
+        """One optimizer step on a part of the rollouts; none where no token is left in the loss on any process.
+
+        The learning rate's schedule goes on in any case: a step's rate must not depend on what was dropped before it.
+        """
         names = ["weights", "advantages", "sampled_logprobs"]
         names += [] if self._on_policy else ["old_logprobs"]
         names += ["ref_logprobs"] if self.config.beta > 0 else []
 
         def loss(module: Any, batch: list[Example]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return self._loss(module, self.packed(batch), 1.0 / max(loss_tokens, 1.0))
+            return self._loss(module, self.packed(batch), 1.0 / loss_tokens)
 
-        stats = self.backend.update(self.microbatches(examples), loss, lambda: [empty_example(names)])
+        batches = self.microbatches(examples) if loss_tokens else []
+        stats = self.backend.update(batches, loss, lambda: [empty_example(names)])
+        if not loss_tokens:
+            return {}
         return {**stats.sums, "grad_norm": stats.grad_norm, "learning_rate": stats.learning_rate}
 
     def _loss(
@@ -302,15 +304,8 @@ class GRPOTrainer(Trainer):
 
     def _prompts(self, train: Any, evaluation: Any) -> tuple[list[Prompt], list[Prompt]]:
         config = self.config
-        rows = rows_from(train) if train is not None else load_rows(config.dataset, seed=config.seed)
+        rows, held_out = rows_of(config, train, evaluation)
         require(len(rows), "no prompts: give `dataset` in the recipe or train_dataset")
-        held_out = None
-        if evaluation is not None:
-            held_out = rows_from(evaluation)
-        elif config.eval_dataset:
-            held_out = load_rows(config.eval_dataset, seed=config.seed)
-        elif config.eval_fraction:
-            rows, held_out = split(rows, config.eval_fraction, seed=config.seed)
         if config.max_prompt_length is None:
             positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             if positions is not None:

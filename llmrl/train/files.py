@@ -6,6 +6,19 @@ import os
 import shutil
 from pathlib import Path
 
+from llmrl.errors import ConfigError
+
+
+def require_writable(directory: Path) -> None:
+    """Makes the run directory if it is not there. Raises ConfigError when files can't be written to it."""
+    probe = directory / ".tmp_probe"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_text("probe")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"output_dir {directory} can't be written to: {error}. Choose another output_dir") from error
+
 
 def fsync_path(path: Path) -> None:
     """Flushes a file or a directory to the disk. Opening for reading is enough, and all that a directory allows."""

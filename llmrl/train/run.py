@@ -22,7 +22,7 @@ from llmrl.config.load import dump_recipe
 from llmrl.errors import LLMRLError
 from llmrl.train.backend import Backend
 from llmrl.train.checkpoint import CheckpointError, CheckpointStore, step_of
-from llmrl.train.files import publish
+from llmrl.train.files import publish, require_writable
 from llmrl.train.plot import plot_curves
 from llmrl.train.progress import Progress
 from llmrl.train.records import Records, environment, metric_row
@@ -76,7 +76,7 @@ class Run:
         self._saved_step: int | None = None
         self._sigterm = self._finished = False
         self._previous_handler: Any = None
-        start = self._on_main(lambda: str(find_start(config, kind, self.store) or ""))
+        start = self._on_main(self._find_start)
         self._start = Path(start) if start else None
         self.progress = Progress(kind, total_steps, shown=backend.is_main, num_samples=config.num_samples_logged)
 
@@ -208,6 +208,11 @@ class Run:
         self._metrics = state["metrics"]
         if start.resolve().parent == self.store.root.resolve():
             self._saved_step = self.step
+
+    def _find_start(self) -> str:
+        start = find_start(self.config, self.kind, self.store)
+        require_writable(self.directory)
+        return str(start or "")
 
     def _open(self) -> None:
         """The run directory at the start: records rewound to the checkpoint, recipe and summary written."""

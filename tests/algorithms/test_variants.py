@@ -134,6 +134,23 @@ def test_rewards_of_dropped_groups_are_seen(tiny_model_dir, tmp_path, caplog):
     assert lines[0]["groups/kept"] == 0 and lines[0]["groups/dropped"] == 8 and "no update" in caplog.text
 
 
+def test_the_learning_rate_of_a_step_does_not_depend_on_dropped_ones(tiny_model_dir, tmp_path):
+    def late(completions, trainer_state, **kwargs):
+        return [0.0] * len(completions) if trainer_state.global_step < 3 else count_letters(completions)
+
+    settings = {
+        "preset": "dapo",
+        "max_refills": 0,
+        "updates_per_step": 2,
+        "max_steps": 4,
+        "lr_scheduler_type": "linear",
+    }
+    lines = grpo(tiny_model_dir, tmp_path / "a", late, **settings)
+    usual = grpo(tiny_model_dir, tmp_path / "b", **settings)
+    assert [line["loss"] for line in lines[:2]] == [0.0, 0.0]
+    assert [line["learning_rate"] for line in lines[2:]] == [line["learning_rate"] for line in usual[2:]]
+
+
 def test_an_adapter_that_is_continued_is_told_what_its_reference_is(tiny_model_dir, tmp_path, caplog):
     grpo(tiny_model_dir, tmp_path / "a", lora={"r": 4}, max_steps=1)
     assert "without its adapter" not in caplog.text

@@ -223,6 +223,13 @@ def raise_interrupt(trainer, step):
     raise KeyboardInterrupt
 
 
+def test_an_output_dir_that_cannot_be_written_to_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file" / "below", Path("/proc/nowhere")):
+        with pytest.raises(ConfigError, match="can't be written to"):
+            ToyTrainer(place)
+
+
 def test_only_broken_checkpoints(tmp_path):
     ToyTrainer(tmp_path, total_steps=2).train()
     (tmp_path / "checkpoints" / "step_00000002" / "state.json").unlink()
