@@ -102,14 +102,21 @@ def _plain(value: Any) -> Any:
 def _evaluate(model: Path, data: Path, out: Path, seed: int) -> dict[str, EvalResult]:
     """Greedy and sampled accuracy on the held-out problems, with the reward of the training as the scorer."""
     from llmrl.cli.eval import evaluate_model
+    from llmrl.config.data import DatasetSource
     from llmrl.config.evaluation import EvalConfig
+    from llmrl.config.reward import RewardSpec
 
     results = {}
     for mode, temperature in _MODES.items():
         config = EvalConfig(
-            model_name_or_path=str(model), data=str(data), scorer="exact_match", temperature=temperature, seed=seed,
-            max_completion_length=48, batch_size=400,
-        )  # fmt: skip
+            model_name_or_path=str(model),
+            data=[DatasetSource(path=str(data))],
+            scorer=RewardSpec(function="exact_match"),
+            temperature=temperature,
+            seed=seed,
+            max_completion_length=48,
+            batch_size=400,
+        )
         results[mode] = evaluate_model(config)
         results[mode].save(out / f"{mode}.json")
     return results

@@ -1,0 +1,53 @@
+"""The parts of the benchmarks that can go wrong without anybody looking."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_the_made_up_text_has_the_lengths_of_the_real_one():
+    import assets
+
+    rows, prompts = assets._made_up_text()
+    tokenizer = assets._train_tokenizer([row["prompt"] + row["completion"] for row in rows])
+    lengths = [len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows]
+    completions = sum(len(tokenizer(row["completion"])["input_ids"]) for row in rows)
+    assert 110 < sum(lengths) / len(lengths) < 180  # the frozen rows: 144
+    assert 0.4 < completions / sum(lengths) < 0.55  # 0.47
+    assert len(prompts) == 64
+
+
+def test_useful_operations_are_six_a_weight_and_token():
+    import tasks
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=100, **sizes))
+    matrices = sum(p.numel() for n, p in model.model.layers.named_parameters() if p.dim() == 2)
+    flops = tasks.sft_flops(hidden=32, layers=3, intermediate=48, kv=16, vocabulary=100, tokens=10, loss_tokens=4)
+    assert flops == 6 * (matrices * 10 + 32 * 100 * 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what it does without a CUDA device")
+def test_the_gpu_check_says_that_there_is_no_gpu():
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu_check.py")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
