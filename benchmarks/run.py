@@ -32,7 +32,7 @@ TASKS = {
     "sft/bfd": ([*SFT, "--batch-size", "13"], [*SFT, "--batch-size", "2", "--packing", "bfd"]),  # 10 steps each
     "sft-151936/padded": ([*BIG, "--batch-size", "8"], [*BIG, "--batch-size", "8"]),
     "grpo/beta0": (["grpo", "--steps", "3"], ["grpo", "--steps", "3"]),
-    "grpo/beta0.04": (["grpo", "--steps", "3", "--beta", "0.04"], ["grpo", "--steps", "3", "--beta", "0.04"]),
+    "grpo/beta0.04": (["grpo", "--steps", "2", "--beta", "0.04"], ["grpo", "--steps", "2", "--beta", "0.04"]),
 }
 NO_FLOOR = ("grpo/beta0.04",)  # the bare loop has no reference model
 
@@ -75,7 +75,7 @@ def measure(side: str, arguments: list[str]) -> dict[str, float]:
 def report(name: str, sides: dict[str, dict[str, float]]) -> None:
     ours, peer, floor = sides["ours"], sides["peer"], sides.get("floor", {})
     for side in (peer, floor):
-        if side and side["tokens"] != ours["tokens"]:
+        if side and abs(side["tokens"] / ours["tokens"] - 1) > 0.02:  # 10 steps of 13 rows repeat two of 128
             print(json.dumps({"task": name, "note": "tokens differ", "ours": ours["tokens"], "other": side["tokens"]}))
 
     def rate(line):
