@@ -1,0 +1,48 @@
+"""The data scripts turn raw files into normalised rows, and refuse what they can't read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "data_scripts"
+
+
+def convert(script, rows, tmp_path, *args):
+    raw, out = tmp_path / "raw.jsonl", tmp_path / "out" / "rows.jsonl"
+    raw.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    command = [sys.executable, str(SCRIPTS / script), "--source", str(raw), "--output", str(out), *args]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = out.read_text(encoding="utf-8").split("\n")[:-1] if out.exists() else []
+    return done, [json.loads(line) for line in lines]
+
+
+def test_gsm8k_from_the_published_form(tmp_path):
+    rows = [{"question": "How many?\u2028 ", "answer": "3*4=<<3*4=12>>12\n#### 1,012"}]
+    done, out = convert("gsm8k.py", rows, tmp_path, "--split", "test")
+    assert done.returncode == 0, done.stderr
+    assert out == [
+        {
+            "id": "gsm8k/test/00000",
+            "source": "GSM8K test",
+            "question": "How many?",
+            "solution": "3*4=<<3*4=12>>12",
+            "answer": "1012",
+        }
+    ]
+    assert "1 rows, sha256" in done.stdout
+
+
+def test_gsm8k_without_a_final_answer_is_refused(tmp_path):
+    done, out = convert("gsm8k.py", [{"question": "q", "answer": "no marker"}], tmp_path)
+    assert done.returncode != 0 and "row 0" in done.stderr and out == []
+
+
+def test_math500_and_repeated_ids(tmp_path):
+    row = {"unique_id": "test/a.json", "problem": "p", "solution": "s", "answer": "1", "subject": "Algebra", "level": 2}
+    done, out = convert("math500.py", [row], tmp_path)
+    assert done.returncode == 0 and out[0]["id"] == "math500/test/a.json" and out[0]["level"] == 2
+    done, _ = convert("math500.py", [row, row], tmp_path)
+    assert done.returncode != 0 and "not unique" in done.stderr
