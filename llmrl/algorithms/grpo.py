@@ -41,7 +41,7 @@ from llmrl.experience.collect import Collector, Experience
 from llmrl.functional.importance import importance_weights, sampling_stats
 from llmrl.functional.masks import top_entropy_threshold
 from llmrl.functional.objective import ObjectiveSettings, policy_objective
-from llmrl.models.forward import PolicyModule
+from llmrl.models.forward import PolicyModule, TokenScores
 from llmrl.models.load import disable_dropout, is_adapted, load_reference
 from llmrl.rewards.runner import RewardRunner
 from llmrl.rollout.local import LocalEngine
@@ -206,33 +206,35 @@ class GRPOTrainer(Trainer):
         examples, loss_tokens = weigh(
             examples, config.aggregation, config.max_completion_length, self.backend.global_sum
         )
-        if not self._on_policy:
-            examples = self._score(examples, "old_logprobs")
-        if config.top_entropy_quantile < 1:
-            examples = self._keep_top_entropy(self._score(examples, "entropy"))
+        select = config.top_entropy_quantile < 1
+        if select or not self._on_policy:
+            examples = self._score(examples, "old_logprobs", entropy=select)
+        if select:
+            examples = self._keep_top_entropy(examples)
         if config.beta > 0:
             examples = self._score(examples, "ref_logprobs")
         return examples, loss_tokens
 
-    def _score(self, examples: list[Example], name: str) -> list[Example]:
-        """The examples with the payload `name` from a pass without gradient: old_logprobs, ref_logprobs or entropy."""
+    def _score(self, examples: list[Example], name: str, *, entropy: bool = False) -> list[Example]:
+        """The examples with the payload `name`, old_logprobs or ref_logprobs, from a pass without gradient; and with `entropy`."""
+        reference = name == "ref_logprobs"
+        frozen = self.reference_module if reference else None
 
-        def forward(module: Any, batch: list[Example]) -> torch.Tensor:
-            reference = name == "ref_logprobs"
-            if reference and self.reference_module is not None:
-                module, reference = self.reference_module, False
-            scores = module(
-                self.packed(batch), temperature=self.config.temperature, entropy=name == "entropy", reference=reference
+        def forward(module: Any, batch: list[Example]) -> TokenScores:
+            return (frozen or module)(
+                self.packed(batch),
+                temperature=self.config.temperature,
+                entropy=entropy,
+                reference=reference and frozen is None,
             )
-            return scores.entropy if name == "entropy" else scores.logprobs
 
         batches = self.microbatches(examples)
-        results = self.backend.score(batches, forward, lambda: [empty_example([])])
-        return [
-            with_payload(e, **{name: values})
-            for batch, result in zip(batches, results)
-            for e, values in zip(batch, scatter(batch, result))
-        ]
+        out = []
+        for batch, scores in zip(batches, self.backend.score(batches, forward, lambda: [empty_example([])])):
+            found = {name: scores.logprobs, "entropy": scores.entropy}
+            columns = {key: scatter(batch, values) for key, values in found.items() if values is not None}
+            out += [with_payload(e, **{key: column[i] for key, column in columns.items()}) for i, e in enumerate(batch)]
+        return out
 
     def _keep_top_entropy(self, examples: list[Example]) -> list[Example]:
         """Only the tokens of highest entropy get a policy gradient (Wang et al. 2025, arXiv 2506.01939).
