@@ -17,6 +17,10 @@ class RolloutError(LLMRLError):
     """A rollout engine that failed, or answered with something that can't be trained on."""
 
 
+class SyncError(RolloutError):
+    """An engine that does not hold the weights which it was sent."""
+
+
 class RewardError(LLMRLError):
     """A reward function that can't be loaded, raised, ran out of time or returned the wrong thing."""
 

@@ -6,11 +6,13 @@ Shapes: T tokens of a packed batch, N sequences in it, L tokens of one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import torch
 
@@ -40,7 +42,8 @@ class Completion:
 
     `sampled_logprobs[i]` is the natural log-probability of `ids[i]` under the distribution that was sampled from
     (temperature and any top-k/top-p/min-p mask applied). `finish_reason` is "length" exactly when the token limit cut it.
-    `version` is the weight version that sampled it. `text` is the decoded answer without special tokens.
+    `version` is the weight version that sampled it. Where weights were updated in the middle, `versions[i]` is that of `ids[i]` and
+    `version` the oldest of them; otherwise `versions` is empty. `text` is the decoded answer without special tokens.
     """
 
     ids: tuple[int, ...]
@@ -48,6 +51,7 @@ class Completion:
     finish_reason: FinishReason
     text: str
     version: int = 0
+    versions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,17 +189,71 @@ class PackedBatch:
         return torch.bucketize(self.positions(), self.cu_seqlens[1:].to(torch.int64), right=True)
 
 
+class PolicyWeights(Protocol):
+    """The policy's weights, as an engine takes them: a fresh pass an iteration, tensor by tensor, never the whole model at once.
+
+    Names and shapes are those of the plain model's checkpoint, adapters merged in. With several processes all of them have to
+    iterate, and to the end: a sharded tensor is gathered by all.
+    """
+
+    adapter_rank: int | None
+    """Rank of the LoRA adapter that is all that is trained; None without one, and for adapters that only merging can express
+    (DoRA, other modules saved beside it)."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    def base(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same without what the adapter adds."""
+        ...
+
+    def save_adapter(self, directory: Path) -> None:
+        """Writes the adapter alone, in peft's layout; called on the first process."""
+        ...
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one weight sync moved: `count` tensors of `bytes`, in `seconds`; `digest` identifies their values.
+
+    An engine that shares the trainer's tensors moves nothing.
+    """
+
+    version: int
+    count: int = 0
+    bytes: int = 0
+    digest: str = ""
+    seconds: float = 0.0
+
+
+OnGroup = Callable[[int, "list[Rollout]"], None]
+"""Called with a prompt's place in the call and its group, as soon as the group is finished; one call at a time, from any thread."""
+
+
 class RolloutEngine(Protocol):
     """Samples completions. `version` is the weight version that it samples with."""
 
     version: int
 
-    def generate(self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling) -> list[list[Rollout]]:
+    def generate(
+        self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling, on_group: OnGroup | None = None
+    ) -> list[list[Rollout]]:
         """One group of `num_generations` rollouts a prompt, in the order of `prompts`."""
         ...
 
-    def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Samples with these weights from now on."""
+    def sync_weights(self, weights: PolicyWeights, version: int) -> SyncReport:
+        """Samples with these weights from now on; every process calls it."""
+        ...
+
+    def probe(self, ids: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """A completion of the same prompt tokens from each place that holds its own copy of the weights; empty when none does."""
+        ...
+
+    def verify(self) -> None:
+        """Raises SyncError when a copy of the weights is no longer what the last sync made it."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of connections, files and memory; may be called twice."""
         ...
 
 

@@ -108,7 +108,7 @@ class Rollouts:
 
     def collect(self, step: int) -> Experience:
         """The scored rollouts of a step, sampled with the weights of now."""
-        self.engine.sync_weights((), version=step - 1)
+        self.engine.sync_weights(None, version=step - 1)
         self.trainer_state["global_step"] = step
         return self.collector.collect(step, trainer_state=self.trainer_state)
 

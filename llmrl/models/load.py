@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,32 +146,3 @@ def load_weights(model: Any, directory: str | Path) -> None:
         return
     loaded = from_pretrained(type(model), str(directory), dtype=model.dtype, config=model.config)
     model.load_state_dict(loaded.state_dict())
-
-
-@torch.no_grad()
-def full_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name in the plain model, whole tensor) of every parameter, adapters merged in, one layer at a time; tied ones once."""
-    base = model.get_base_model() if is_adapted(model) else model
-    seen: set[int] = set()
-    inside: str | None = None  # of a layer that has been given as a whole
-    for path, module in base.named_modules():
-        if inside is not None and path.startswith(inside):
-            continue
-        inside = None
-        if hasattr(module, "get_delta_weight") or hasattr(module, "modules_to_save"):
-            inside = f"{path}."
-        plain = _merged(module) if inside else module
-        for name, parameter in plain.named_parameters(recurse=inside is not None):
-            if id(parameter) not in seen:
-                if inside is None:
-                    seen.add(id(parameter))
-                yield f"{path}.{name}" if path else name, parameter.detach()
-
-
-def _merged(layer: Any) -> nn.Module:
-    """The plain layer that a peft layer stands for."""
-    if hasattr(layer, "modules_to_save"):
-        return layer.modules_to_save[layer.active_adapters[0]]
-    layer = copy.deepcopy(layer)
-    layer.merge()
-    return layer.get_base_layer()

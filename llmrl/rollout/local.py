@@ -20,7 +20,7 @@ from llmrl.models.attention import PackedLayout
 from llmrl.models.decode import BLOCK, DecodeCache, DecodeLayout
 from llmrl.models.forward import PolicyModule
 from llmrl.rollout.sampling import draw, uniforms
-from llmrl.types import Completion, FinishReason, Prompt, Rollout, Sampling
+from llmrl.types import Completion, FinishReason, OnGroup, PolicyWeights, Prompt, Rollout, Sampling, SyncReport
 
 Progress = Callable[[int, int], None]
 """Called after every decoding step with the number of tokens sampled and of rows finished so far."""
@@ -81,11 +81,24 @@ class LocalEngine:
         self.version = 0
         self.config: Any = self.module.model.config.get_text_config()  # type: ignore[operator, union-attr]
 
-    def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Sets the version that completions carry; the weights are the trainer's own and `named_tensors` is not read."""
+    def sync_weights(self, weights: PolicyWeights | None, version: int) -> SyncReport:
+        """Sets the version that completions carry; the weights are the trainer's own and `weights` is not read."""
         self.version = version
+        return SyncReport(version)
 
-    def generate(self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling) -> list[list[Rollout]]:
+    def probe(self, ids: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """Empty: there is no other copy of the weights."""
+        return []
+
+    def verify(self) -> None:
+        """Nothing to compare."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling, on_group: OnGroup | None = None
+    ) -> list[list[Rollout]]:
         """One group of `num_generations` rollouts a prompt, in the order of `prompts`.
 
         The same prompt id, seed and step give the same completions, whatever else is sampled with them (up to rounding of the logits).
@@ -97,7 +110,11 @@ class LocalEngine:
         decoder = _PackedDecoder if self.module.packing == "packed" else _PlainDecoder
         with self._inference():
             decoder(self, sampling).run(jobs)
-        return self._rollouts(groups)
+        rollouts = self._rollouts(groups)
+        if on_group is not None:
+            for i, group in enumerate(rollouts):
+                on_group(i, group)
+        return rollouts
 
     def _check(self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling) -> None:
         if num_generations < 1 or sampling.max_tokens < 1:

@@ -25,12 +25,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llmrl.errors import ConfigError, DivergenceError
-from llmrl.models.load import full_parameters
+from llmrl.models.weights import ModelWeights
 from llmrl.train.collectives import TIMEOUT, Collectives, reduce_stats
 from llmrl.train.launch import check_launcher, check_world_size
 from llmrl.train.optim import build_optimizer, learning_rate_at, load_optimizer_tensors, optimizer_tensors
 from llmrl.train.state import rng_state, seed_everything, set_rng_state
 from llmrl.train.trackers import check_trackers
+from llmrl.types import PolicyWeights
 
 M = TypeVar("M")
 R = TypeVar("R")
@@ -169,10 +170,10 @@ class Backend(Collectives):
                     results.append(fn(self.module, batch))
         return results[: len(microbatches)]
 
-    def named_full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name in the plain model, whole detached tensor) of every parameter, adapters merged in: what rollout engines are fed."""
+    def policy_weights(self) -> PolicyWeights:
+        """The policy's weights, whole tensor by whole tensor, adapters merged in: what rollout engines are fed."""
         policy = getattr(self.unwrapped, "policy", self.unwrapped)  # beside a critic
-        return full_parameters(getattr(policy, "model", policy))
+        return ModelWeights(getattr(policy, "model", policy))
 
     def save_state(self, directory: Path, rng_states: Sequence[Mapping[str, Any]]) -> None:
         """Writes optimizer, counters, loss scale and every process's generators (`gather_json(self.rng_state())`); rank 0 only."""

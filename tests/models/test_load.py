@@ -14,7 +14,6 @@ from llmrl.errors import ConfigError
 from llmrl.models.forward import PolicyModule
 from llmrl.models.load import (
     disable_dropout,
-    full_parameters,
     load_policy,
     load_reference,
     load_skeleton,
@@ -23,6 +22,7 @@ from llmrl.models.load import (
     stop_token_ids,
 )
 from llmrl.models.merge import merge_lora
+from llmrl.models.weights import full_parameters
 from tests.conftest import CHATML
 from tests.models.families import batch_of, furthest, gradients, make
 

@@ -299,7 +299,7 @@ def test_lora_adapters_are_active():
 def test_versions_and_progress():
     calls = []
     ours = engine(make("qwen2"), progress=lambda tokens, finished: calls.append((tokens, finished)))
-    ours.sync_weights([], 7)
+    ours.sync_weights(None, 7)
     groups = ours.generate(prompts(), 2, Sampling(9))
     assert ours.version == 7
     assert {c.version for g in completions(groups) for c in g} == {7}

@@ -251,7 +251,7 @@ def test_ten_updates_equal_five_saved_five(tmp_path):
 
 def test_full_parameters(tmp_path):
     backend = prepared(tmp_path)
-    stream = dict(backend.named_full_parameters())
+    stream = dict(backend.policy_weights())
     assert set(stream) == {"embed.weight", "norm.weight", "norm.bias", "head.weight", "head.bias"}
     assert not any(t.requires_grad for t in stream.values())
 

@@ -34,13 +34,13 @@ def test_the_stream_has_the_plain_models_names_with_the_adapter_merged(adapted, 
 
     plain = dict(AutoModelForCausalLM.from_pretrained(tiny_model_dir).named_parameters())
     backend = adapted()
-    stream = dict(backend.named_full_parameters())
+    stream = dict(backend.policy_weights())
     assert stream.keys() == plain.keys()
     name = "model.layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(stream[name], plain[name].detach())  # a new adapter changes nothing
     backend.update([0], lora_loss, lambda: 0)
     backend.update([0], lora_loss, lambda: 0)
-    changed = dict(backend.named_full_parameters())
+    changed = dict(backend.policy_weights())
     assert not torch.allclose(changed[name], plain[name].detach())
     assert torch.equal(changed["model.norm.weight"], plain["model.norm.weight"].detach())
 
