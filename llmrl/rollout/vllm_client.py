@@ -1,0 +1,243 @@
+"""Talks to one generation server: stock vLLM, as `llmrl serve` starts it. Nothing here knows about groups, retries or versions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from llmrl.errors import ConfigError, RolloutError
+from llmrl.rollout.fingerprint import Fingerprint
+from llmrl.rollout.vllm_auth import TOKEN_VARIABLE
+
+UPDATE_TIMEOUT = 1800.0
+"""Seconds for one call that moves weights, which may read gigabytes from a slow disk."""
+_KEEPALIVE = 2.0
+"""Seconds that an idle connection is kept: less than the server's 5, so that none is used just as the server closes it."""
+_EXCERPT = 300
+"""Characters of a server's answer that an error message quotes."""
+
+
+class ServerError(RolloutError):
+    """A generation server failed; `server` is its URL."""
+
+    def __init__(self, server: str, message: str) -> None:
+        super().__init__(f"{server}: {message}")
+        self.server = server
+
+
+class ServerGone(ServerError):
+    """The connection could not be made, was lost or timed out: the server may come back, another may take the request."""
+
+
+class ServerRefused(ServerError):
+    """The server did not take the token."""
+
+
+class ServerFault(ServerError):
+    """The server answered with an error (`status` then holds its number), or with something that breaks its promise."""
+
+    def __init__(self, server: str, message: str, status: int | None = None) -> None:
+        super().__init__(server, message)
+        self.status = status
+
+
+def token_path(port: int) -> Path:
+    """Where `llmrl serve` writes the token of the server on this port: ~/.llmrl/token-<port>."""
+    return Path.home() / ".llmrl" / f"token-{port}"
+
+
+def find_token(url: str, token_file: str | None) -> str:
+    """The token of the server at `url`: $LLMRL_SERVER_TOKEN, else what `token_file` holds, else what `llmrl serve` wrote here.
+
+    Raises ConfigError, with the places that were looked at, when there is none.
+    """
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if token:
+        return token
+    path = Path(token_file).expanduser() if token_file else token_path(_port(url))
+    try:
+        token = path.read_text().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"No token for the server {url}: ${TOKEN_VARIABLE} is not set and {path} can't be read ({error.strerror}). "
+            "`llmrl serve` writes its token there; on another machine, copy that file and name it in rollout.token_file."
+        ) from error
+    if not token:
+        raise ConfigError(f"No token for the server {url}: {path} is empty. Copy it again from the server's machine.")
+    return token
+
+
+def _port(url: str) -> int:
+    parts = urlsplit(url)
+    try:
+        return parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise ConfigError(f"{url!r} is not a server's URL ({error}); write http://host:port.") from error
+
+
+class VLLMServer:
+    """One server at `url`. Every method raises ServerGone, ServerRefused or ServerFault; threads may share it.
+
+    timeout: seconds for a call that neither generates nor moves weights. connections: calls at once; more wait for their turn.
+    Proxies and ~/.netrc of the environment are not used: they would see, or replace, the token.
+    """
+
+    def __init__(self, url: str, token: str, *, timeout: float = 60.0, connections: int = 100) -> None:
+        _port(url)
+        self.url, self._timeout = url.rstrip("/"), timeout
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {token}"},
+            limits=httpx.Limits(max_connections=connections, keepalive_expiry=_KEEPALIVE),
+            trust_env=False,
+        )
+
+    def __repr__(self) -> str:
+        return f"VLLMServer({self.url!r})"
+
+    def is_up(self, timeout: float = 2.0) -> bool:
+        """Whether /health answers 200 within `timeout` seconds; ServerRefused passes, since waiting can't cure it."""
+        try:
+            self._send("GET", "/health", None, timeout)
+        except (ServerGone, ServerFault):
+            return False
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        """What the first worker says about its model and settings (`WeightProof.llmrl_describe`)."""
+        try:
+            return self._rpc("llmrl_describe")[0]
+        except ServerFault as error:
+            if error.status is None:
+                raise
+            raise ServerFault(
+                self.url,
+                f"is a server, but not one that `llmrl serve` started: it can't describe its weights (HTTP {error.status}). "
+                "Start it with `llmrl serve --model M`, which opens the routes that training needs.",
+                error.status,
+            ) from error
+
+    def generate(self, body: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        """POST /inference/v1/generate: token ids in and out; unchecked but for being a JSON object.
+
+        When it gives up after `timeout` seconds the connection is closed, which makes vLLM abort the request.
+        """
+        return self._json("POST", "/inference/v1/generate", body, timeout)
+
+    def weights(self) -> list[Fingerprint]:
+        """The fingerprint of the parameters in memory, one a worker."""
+        results = self._rpc("llmrl_weights")
+        try:
+            return [Fingerprint.from_json(r) for r in results]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServerFault(
+                self.url, f"answered with fingerprints that can't be read: {str(results)[:_EXCERPT]}"
+            ) from error
+
+    def weight_label(self) -> str:
+        """The label of the weights that it holds; "default" for those that it was started with."""
+        return str(self._field(self._json("GET", "/weight_info"), "weight_version"))
+
+    def set_weight_label(self, label: str) -> None:
+        self._json("POST", "/update_weight_version", {"new_version": label})
+
+    def pause(self) -> None:
+        """Freezes requests in flight until `resume`; new ones wait."""
+        self._json("POST", "/pause?mode=keep")
+
+    def resume(self) -> None:
+        self._json("POST", "/resume")
+
+    def reset_prefix_cache(self) -> bool:
+        """False when blocks are held, by requests that are frozen for instance; nothing is then dropped."""
+        return bool(self._field(self._json("POST", "/reset_prefix_cache"), "success"))
+
+    def init_transfer(self, info: Mapping[str, Any]) -> None:
+        self._json("POST", "/init_weight_transfer_engine", {"init_info": info}, UPDATE_TIMEOUT)
+
+    def shutdown_transfer(self) -> None:
+        self._json("POST", "/shutdown_weight_transfer_engine")
+
+    def start_update(self) -> None:
+        """Makes the server ready for new weights; may be called again after a failed update."""
+        self._json("POST", "/start_weight_update", None, UPDATE_TIMEOUT)
+
+    def update(self, info: Mapping[str, Any]) -> None:
+        """Some of the weights, as the transfer backend takes them. After an error the server can't generate until a full update."""
+        self._json("POST", "/update_weights", {"update_info": info}, UPDATE_TIMEOUT)
+
+    def finish_update(self, label: str) -> None:
+        self._json("POST", "/finish_weight_update", {"weight_version": label}, UPDATE_TIMEOUT)
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """`path`: a directory in peft's layout that the server can read."""
+        self._send("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, UPDATE_TIMEOUT)
+
+    def unload_adapter(self, name: str) -> None:
+        self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name}, self._timeout)
+
+    def world_size(self) -> int:
+        """Number of workers, over tensor, pipeline and data parallelism."""
+        return int(self._field(self._json("GET", "/get_world_size"), "world_size"))
+
+    def close(self) -> None:
+        """Closes its connections; calls in flight fail. May be called twice."""
+        self._client.close()
+
+    def _rpc(self, method: str) -> list[dict[str, Any]]:
+        results = self._field(self._json("POST", "/collective_rpc", {"method": method}), "results")
+        if not isinstance(results, list) or not results or not all(isinstance(r, dict) for r in results):
+            raise ServerFault(
+                self.url, f"answered {method} with {str(results)[:_EXCERPT]}, not with one object a worker"
+            )
+        return results
+
+    def _field(self, answer: dict[str, Any], name: str) -> Any:
+        if name not in answer:
+            raise ServerFault(self.url, f"its answer has no {name!r}: {str(answer)[:_EXCERPT]}")
+        return answer[name]
+
+    def _json(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None
+    ) -> dict[str, Any]:
+        content = self._send(method, path, body, self._timeout if timeout is None else timeout)
+        try:
+            answer = json.loads(content)
+        except ValueError as error:
+            raise ServerFault(
+                self.url, f"{path} answered with malformed JSON ({error}): {_excerpt(content)}"
+            ) from error
+        if not isinstance(answer, dict):
+            raise ServerFault(self.url, f"{path} answered with {_excerpt(content)}, not with a JSON object")
+        return answer
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float) -> bytes:
+        limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
+        try:
+            response = self._client.request(method, self.url + path, json=body, timeout=limits)
+        except httpx.TimeoutException as error:
+            raise ServerGone(self.url, f"{path} gave no answer in {timeout:g} s") from error
+        except httpx.TransportError as error:
+            raise ServerGone(self.url, f"{path} failed: {error or type(error).__name__}") from error
+        except httpx.HTTPError as error:
+            raise ServerFault(self.url, f"{path} answered with something that can't be decoded: {error}") from error
+        if response.status_code in (401, 403):
+            raise ServerRefused(
+                self.url,
+                f"did not take the token (HTTP {response.status_code}). It is looked for in ${TOKEN_VARIABLE}, then in "
+                f"rollout.token_file, then in {token_path(_port(self.url))}; `llmrl serve` says where it wrote the server's",
+            )
+        if response.status_code != 200:
+            text = _excerpt(response.content)
+            raise ServerFault(self.url, f"{path} answered HTTP {response.status_code}: {text}", response.status_code)
+        return response.content
+
+
+def _excerpt(content: bytes) -> str:
+    text = " ".join(content.decode("utf-8", "replace").split())
+    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + " ..."
