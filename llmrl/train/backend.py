@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llmrl.errors import ConfigError, DivergenceError
 from llmrl.models.weights import ModelWeights
-from llmrl.train.collectives import TIMEOUT, Collectives, reduce_stats
+from llmrl.train.collectives import TIMEOUT, Collectives, reduce_stats, together
 from llmrl.train.launch import check_launcher, check_world_size
 from llmrl.train.optim import build_optimizer, learning_rate_at, load_optimizer_tensors, optimizer_tensors
 from llmrl.train.state import rng_state, seed_everything, set_rng_state
@@ -169,6 +169,10 @@ class Backend(Collectives):
                 with self.autocast():
                     results.append(fn(self.module, batch))
         return results[: len(microbatches)]
+
+    def together(self, action: Callable[[], R]) -> R:
+        """`action()` on every process; all raise when one fails (`collectives.together`)."""
+        return together(action, self.gather_json)
 
     def policy_weights(self) -> PolicyWeights:
         """The policy's weights, whole tensor by whole tensor, adapters merged in: what rollout engines are fed."""
