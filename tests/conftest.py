@@ -10,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+pytest_plugins = ["tests.servers"]
+
 ORACLES = Path(__file__).parent / "oracles"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
