@@ -30,6 +30,12 @@ def uniforms(sampling: Sampling, prompt_id: str, index: int) -> Iterator[float]:
         yield from generator.random(64).tolist()
 
 
+def group_seed(sampling: Sampling, prompt_id: str) -> int:
+    """Seed of a prompt's group, below 2^62, for engines that draw by themselves and add the sample's index to it, as vLLM does."""
+    key = f"{sampling.seed}\0{sampling.step}\0{prompt_id}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 2
+
+
 def draw(logits: torch.Tensor, sampling: Sampling, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token a row: logits [B, V], u [B] float64 -> (tokens [B] int64, logprobs [B]).
 

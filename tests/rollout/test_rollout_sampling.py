@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrl.rollout.sampling import draw, uniforms
+from llmrl.rollout.sampling import draw, group_seed, uniforms
 from llmrl.types import Sampling
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -3.0, 0.0, 1.0, -0.5, 0.2, -8.0], dtype=torch.float64)
@@ -131,3 +131,15 @@ def test_uniforms_depend_on_every_part_of_the_key_and_only_on_it():
     numbers = [x for key in keys for x in first(*key)]
     assert len(set(numbers)) == 500
     assert all(0 <= x < 1 for x in numbers)
+
+
+def test_group_seeds_differ_by_seed_step_and_prompt_and_leave_room_for_the_index():
+    seeds = {
+        group_seed(Sampling(8, seed=seed, step=step), prompt)
+        for seed in range(5)
+        for step in range(5)
+        for prompt in ("a", "b", "1")
+    }
+    assert len(seeds) == 75
+    assert all(0 <= s < 2**62 for s in seeds)
+    assert group_seed(Sampling(8, seed=1, step=2), "a") == group_seed(Sampling(9, 0.5, seed=1, step=2), "a")
