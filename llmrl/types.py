@@ -230,9 +230,11 @@ OnGroup = Callable[[int, "list[Rollout]"], None]
 
 
 class RolloutEngine(Protocol):
-    """Samples completions. `version` is the weight version that it samples with."""
+    """Samples completions. `version` is the weight version that it samples with; `dtype` the number type of its own copy of the
+    weights, None without one."""
 
     version: int
+    dtype: torch.dtype | None
 
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling, on_group: OnGroup | None = None
@@ -250,6 +252,10 @@ class RolloutEngine(Protocol):
 
     def verify(self) -> None:
         """Raises SyncError when a copy of the weights is no longer what the last sync made it."""
+        ...
+
+    def rest(self) -> None:
+        """Frees what training can use until the next call, where engine and trainer share a device."""
         ...
 
     def close(self) -> None:

@@ -74,14 +74,14 @@ class DPOTrainer(Trainer):
         super().__init__(config, model=model, tokenizer=tokenizer, callbacks=callbacks)
         if self.rollouts is not None:
             steps = self.rollouts.read(self, train_dataset, eval_dataset)
-            self.sampler = self.rollouts.sampler
         else:
             steps = self._read(train_dataset, eval_dataset)
         disable_dropout(self.model)
         precompute = not online and not config.sync_ref_model and config.reference_logprobs == "precompute"
         self.reference = None if config.reference_free else self._find_reference(copy=not precompute)
         moving = {"reference": self.reference.module} if config.sync_ref_model else None  # type: ignore[union-attr]
-        self.prepare(steps, config.updates_per_step, {"sampler": self.sampler}, modules=moving)
+        drawn = self.rollouts or self.sampler
+        self.prepare(steps, config.updates_per_step, {"sampler": drawn}, modules=moving)
         if self.rollouts is not None:
             self.rollouts.start(self.module, drop_zero_std=True, max_refills=config.max_refills)  # type: ignore[arg-type]
         if self.reference is not None and precompute:
@@ -89,8 +89,7 @@ class DPOTrainer(Trainer):
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary; the final model is in `<output_dir>/model`."""
-        rewards = nullcontext() if self.rollouts is None else self.rollouts.rewards
-        with rewards, self.run as run:
+        with self.rollouts or nullcontext(), self.run as run:
             for step in run.steps():
                 metrics: dict[str, float] = {}
                 if self.rollouts is None:
@@ -103,7 +102,7 @@ class DPOTrainer(Trainer):
                     self._move_reference()
                 if run.due(self.config.eval_steps, step):
                     metrics |= self.evaluate()
-                metrics["epoch"] = self.sampler.epoch
+                metrics["epoch"] = (self.rollouts or self.sampler).epoch
                 run.log(step, metrics, tokens=self._tokens)
                 if self.rollouts is not None:
                     self.rollouts.check_gap(metrics)

@@ -75,7 +75,7 @@ class GRPOTrainer(Trainer):
         steps = self.rollouts.read(self, train_dataset, eval_dataset)
         self.reference = Reference(self.model, self.backend.device, config) if config.beta > 0 else None
         self.running_mean = RunningMean(config.baseline_momentum)
-        stateful: dict[str, Any] = {"sampler": self.rollouts.sampler}
+        stateful: dict[str, Any] = {"sampler": self.rollouts}
         if config.baseline == "running_mean":
             stateful["running_mean"] = self.running_mean
         self.prepare(steps, config.updates_per_step * config.num_iterations, stateful)
@@ -89,12 +89,12 @@ class GRPOTrainer(Trainer):
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary; the final model is in `<output_dir>/model`."""
-        with self.rollouts.rewards, self.run as run:
+        with self.rollouts, self.run as run:
             for step in run.steps():
                 metrics = self.update(self.rollouts.collect(step))
                 if run.due(self.config.eval_steps, step):
                     metrics |= self.rollouts.evaluate()
-                metrics["epoch"] = self.rollouts.sampler.epoch
+                metrics["epoch"] = self.rollouts.epoch
                 run.log(step, metrics, tokens=self._tokens)
                 run.log_samples(step, self._samples)
         return run.summary

@@ -99,7 +99,7 @@ class PPOTrainer(Trainer):
         self.prepare(
             steps,
             config.updates_per_step * config.num_iterations,
-            {"sampler": self.rollouts.sampler, "kl_controller": self.controller},
+            {"sampler": self.rollouts, "kl_controller": self.controller},
             modules={self.part.rstrip("."): self.module.get_submodule(self.part.rstrip("."))},
             parts=[self.part],
         )
@@ -116,12 +116,12 @@ class PPOTrainer(Trainer):
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary; the final policy is in `<output_dir>/model`, the critic in checkpoints."""
-        with self.rollouts.rewards, self.run as run:
+        with self.rollouts, self.run as run:
             for step in run.steps():
                 metrics = self.update(self.rollouts.collect(step))
                 if run.due(self.config.eval_steps, step):
                     metrics |= self.rollouts.evaluate()
-                metrics["epoch"] = self.rollouts.sampler.epoch
+                metrics["epoch"] = self.rollouts.epoch
                 run.log(step, metrics, tokens=self._tokens)
                 run.log_samples(step, self._samples)
         return run.summary

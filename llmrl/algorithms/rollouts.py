@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from llmrl.algorithms.base import Trainer, require
+from llmrl.algorithms.engines import GAP_CAUSES, Canary, engine_metrics, gap_bound, make_engine
 from llmrl.data.build import build_prompts, rows_of
 from llmrl.data.sampler import Sampler
-from llmrl.errors import DivergenceError
+from llmrl.errors import DivergenceError, LLMRLError
 from llmrl.evaluation.runner import evaluate
+from llmrl.experience.ahead import Ahead
 from llmrl.experience.batch import merge_reward_metrics, rollout_metrics, to_examples
 from llmrl.experience.collect import Collector, Experience
 from llmrl.models.forward import PolicyModule
 from llmrl.models.load import disable_dropout
 from llmrl.rewards.runner import RewardRunner
-from llmrl.rollout.local import LocalEngine
 from llmrl.train.launch import local_device
 from llmrl.types import Example, Prompt, Sampling
 
@@ -27,9 +28,10 @@ logger = logging.getLogger("llmrl")
 
 class Rollouts:
     """Made in three moves, in a trainer's set-up: `Rollouts(...)` loads the rewards, before any model, so that a wrong one fails at
-    once; `read` takes the prompts; `start` makes the engine, once the trainer is prepared.
+    once; `read` takes the prompts; `start` makes the engine, once the trainer is prepared. As a context it ends engine and rewards.
 
-    `reward_funcs` takes TRL-style callables beside (or instead of) the recipe's `rewards`.
+    `reward_funcs` takes TRL-style callables beside (or instead of) the recipe's `rewards`. Checkpoints keep which prompts were
+    trained on (`state_dict`): rollouts that were made ahead of their step, and not used, are made again after a resume.
     """
 
     def __init__(self, config: Any, reward_funcs: Any) -> None:
@@ -49,11 +51,6 @@ class Rollouts:
         """Reads prompts and evaluation prompts and returns the number of steps; turns dropout off, as the KL and the ratio need."""
         self.trainer, config = trainer, self.config
         disable_dropout(trainer.model)
-        self.gap_bound = config.max_logprob_gap
-        # The model's own type, not the recipe's: a model that was handed in has the one that it has.
-        if self.gap_bound is None and config.mixed_precision == "no":
-            floats = [p for p in trainer.model.parameters() if p.is_floating_point()]
-            self.gap_bound = 1e-3 if all(torch.finfo(p.dtype).bits >= 32 for p in floats) else None
         rows, held_out = rows_of(config, train, evaluation)
         require(len(rows), "no prompts: give `dataset` in the recipe or train_dataset")
         if config.max_prompt_length is None:
@@ -70,6 +67,7 @@ class Rollouts:
         if held_out:
             self.eval_prompts = self._with_usable_golds(build_prompts(held_out, trainer.tokenizer, config)[0])
         self.sampler = Sampler(len(self.prompts), seed=config.seed, shuffle=config.shuffle)
+        self._cursor = self.sampler.state_dict()
         steps = config.max_steps or math.ceil(config.num_train_epochs * len(self.prompts) / config.batch_size)
         self.trainer_state = {"global_step": 0, "max_steps": steps}
         return steps
@@ -81,13 +79,16 @@ class Rollouts:
         that the token limit cut (`truncated_completions` of a recipe)."""
         config, trainer = self.config, self.trainer
         self.policy, self.truncated = policy, truncated
-        self.engine = LocalEngine(
-            policy,
-            trainer.tokenizer,
-            stop_token_ids=trainer.stop_ids,
-            max_batch_tokens=config.rollout.max_batch_tokens,
-            autocast=trainer.backend.autocast,
-        )
+        longest = max(len(p.ids) for p in [*self.prompts, *self.eval_prompts]) + config.max_completion_length
+        self.engine = make_engine(trainer, policy, longest)
+        self.weights = trainer.backend.policy_weights()
+        self.gap_bound = gap_bound(config, trainer.model, getattr(self.engine, "dtype", None))
+        self.canary = Canary(trainer, self.engine, longest, self.gap_bound)
+        self._synced: int | None = None
+        self._ahead: Ahead | None = None
+        self._engine_metrics: dict[str, float] = {}
+        # A thread that makes rollouts ahead must not share a process group with the trainer's own collectives.
+        channel = trainer.backend.second_channel() if config.rollout.max_staleness else trainer.backend
         self.collector = Collector(
             self.prompts,
             self.sampler,
@@ -103,14 +104,95 @@ class Rollouts:
             zero_reward_if_truncated=truncated == "zero_reward",
             rank=trainer.backend.rank,
             world_size=trainer.backend.world_size,
-            gather=trainer.backend.gather_json,
+            gather=channel.gather_json,
         )
 
+    def __enter__(self) -> Rollouts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the engine and the reward workers; may be called twice."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self.engine.close()
+        self.rewards.close()
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the prompts that were trained on."""
+        return self._cursor["epoch"] + self._cursor["position"] / self._cursor["n"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._cursor)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sampler.load_state_dict(state)
+        self._cursor = self.sampler.state_dict()
+
     def collect(self, step: int) -> Experience:
-        """The scored rollouts of a step, sampled with the weights of now."""
-        self.engine.sync_weights(None, version=step - 1)
+        """The scored rollouts of a step, sampled with the weights of now, or of at most `max_staleness` steps ago.
+
+        What an engine or a reward function raises passes, on every process, after a checkpoint of the steps before was saved: prompts
+        that were drawn for this step are drawn again when the run continues.
+        """
         self.trainer_state["global_step"] = step
-        return self.collector.collect(step, trainer_state=self.trainer_state)
+        try:
+            self._sync(step - 1)
+            began = time.monotonic()
+            if self.config.rollout.max_staleness:
+                experience, self._cursor = self._take(step)
+            else:
+                experience = self.collector.collect(step, trainer_state=self.trainer_state)
+                self._cursor = self.sampler.state_dict()
+            self._engine_metrics["time/rollouts"] = time.monotonic() - began
+            self.trainer.backend.together(self.engine.verify)
+            self.engine.rest()
+        except LLMRLError as error:
+            self._rescue(step, error)
+            raise
+        return experience
+
+    def _sync(self, version: int) -> None:
+        """Gives the engine the weights of now, and proves that it has them."""
+        if self._synced == version:
+            return
+        began = time.monotonic()
+        report = self.engine.sync_weights(self.weights, version)
+        self._synced = version
+        if report.count:
+            moved = {"sync/tensors": float(report.count), "sync/bytes": float(report.bytes)}
+            self._engine_metrics |= {**moved, **self.canary.check(version), "time/sync": time.monotonic() - began}
+
+    def _take(self, step: int) -> tuple[Experience, dict[str, Any]]:
+        if self._ahead is None:
+            self._ahead = Ahead(
+                lambda s: self.collector.collect(s, trainer_state={**self.trainer_state, "global_step": s}),
+                max_staleness=self.config.rollout.max_staleness,
+                first_step=step,
+                last_step=self.trainer.run.total_steps,
+                cursor=self.sampler.state_dict,
+            )
+        self._ahead.allow(step - 1)
+        return self._ahead.take(step)
+
+    def _rescue(self, step: int, error: LLMRLError) -> None:
+        """Saves what is trained so far; the weights are those after the step before."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self.sampler.load_state_dict(self._cursor)
+        if step > 1:
+            try:
+                self.trainer.run.save()
+                logger.error(
+                    "step %d failed; a checkpoint of step %d is saved, the same command continues from it",
+                    step,
+                    step - 1,
+                )
+            except LLMRLError as second:
+                logger.error("step %d failed, and so did saving step %d: %s", step, step - 1, second)
 
     def examples(self, experience: Experience) -> list[Example]:
         """One example a rollout; completions of a group share their prompt in microbatches, where the model can be packed."""
@@ -132,13 +214,15 @@ class Rollouts:
                 else "no completion got a reward"
             )
             logger.warning("step %d: %s, so there is nothing to learn from", experience.step, what)
-        return {**experience.metrics, **metrics, **merge_reward_metrics(gather(self.rewards.pop_metrics()))}
+        own, self._engine_metrics = {**self._engine_metrics, **engine_metrics(self.engine)}, {}
+        return {**experience.metrics, **metrics, **own, **merge_reward_metrics(gather(experience.reward_metrics))}
 
     def evaluate(self) -> dict[str, float]:
         """Mean reward and accuracy on the evaluation prompts, by the same rewards; empty without such prompts."""
         if not self.eval_prompts:
             return {}
         config, backend = self.config, self.trainer.backend
+        self._sync(self.trainer_state["global_step"])
         result = evaluate(
             self.eval_prompts[backend.rank :: backend.world_size],
             self.engine,
@@ -148,17 +232,18 @@ class Rollouts:
             gather=backend.gather_json,
             trainer_state=self.trainer_state,
         )
-        self.rewards.pop_metrics()  # the evaluation's own; its failures are in the result
         return {f"eval_{k}": v for k, v in result.metrics().items()}
 
     def check_gap(self, metrics: dict[str, float]) -> None:
-        """Stops when sampler and trainer disagree about the same tokens: one of them does not have the weights it should have."""
-        gap, bound = metrics.get("sampling/sampling_logp_difference/mean", 0.0), self.gap_bound
-        if bound is not None and gap > bound:
+        """Stops when sampler and trainer disagree about the same tokens: one of them does not have the weights it should have.
+
+        Of rollouts that were made ahead, only tokens that the newest weights sampled count.
+        """
+        name = "fresh_logp_difference" if self.config.rollout.max_staleness else "sampling_logp_difference"
+        gap = metrics.get(f"sampling/{name}/mean", 0.0)
+        if gap > self.gap_bound:
             raise DivergenceError(
-                f"mean |sampled - recomputed log-prob| is {gap:.3g} nats, over max_logprob_gap {bound:.3g}. "
-                "Likely causes: the engine samples with other weights than the trainer's, another temperature, a truncated "
-                "support, another chat template or tokenizer, or a model whose decode path differs from its training path"
+                f"mean |sampled - recomputed log-prob| is {gap:.3g} nats, over max_logprob_gap {self.gap_bound:.3g}. {GAP_CAUSES}"
             )
 
     def _with_usable_golds(self, prompts: list[Prompt]) -> list[Prompt]:

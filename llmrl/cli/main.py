@@ -22,6 +22,10 @@ COMMANDS = {
     "ppo": ("llmrl.cli.ppo", "reinforcement learning from rewards, with a critic: PPO"),
     "grpo": ("llmrl.cli.grpo", "the same without a critic: GRPO, Dr. GRPO, DAPO, RLOO, REINFORCE++"),
     "eval": ("llmrl.cli.eval", "accuracy of a model on a file of problems"),
+    "doctor": (
+        "llmrl.cli.doctor",
+        "a run that must change nothing: does the engine sample with the trainer's weights?",
+    ),
     "check": ("llmrl.cli.check", "what a recipe would do: rows, masks, lengths, batches, rewards, memory"),
     "init-model": ("llmrl.cli.init_model", "a small model from scratch, with a tokenizer trained on your files"),
     "merge": ("llmrl.cli.merge", "a LoRA adapter merged into its base model"),

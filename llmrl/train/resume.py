@@ -15,12 +15,13 @@ HARMLESS = frozenset(
     {
         "output_dir", "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "resume", "sigterm_exit_code",
         "report_to", "run_name", "num_samples_logged", "num_processes", "max_nonfinite_steps", "max_logprob_gap",
-        "tokens_per_microbatch", "gradient_checkpointing", "reward_workers", "on_error", "rollout.max_batch_tokens",
+        "tokens_per_microbatch", "gradient_checkpointing", "reward_workers", "on_error",
         "reference_cache", "reference_logprobs",
     }
 )  # fmt: skip
-_HARMLESS_PREFIX = "eval_"
-_EVAL_DATA = ("eval_dataset", "eval_fraction")  # these take rows away from training
+_HARMLESS_PREFIXES = ("eval_", "rollout.")
+# These take rows away from training, or change what is sampled.
+_NOT_HARMLESS = ("eval_dataset", "eval_fraction", "rollout.engine", "rollout.max_staleness")
 
 
 def find_start(config: Any, kind: str, store: CheckpointStore) -> Path | None:
@@ -101,7 +102,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _harmless(key: str) -> bool:
-    return key in HARMLESS or (key.startswith(_HARMLESS_PREFIX) and not key.startswith(_EVAL_DATA))
+    return key in HARMLESS or (key.startswith(_HARMLESS_PREFIXES) and not key.startswith(_NOT_HARMLESS))
 
 
 def _refuse_used(directory: Path, store: CheckpointStore) -> None:
