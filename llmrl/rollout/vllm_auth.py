@@ -6,6 +6,7 @@ import hmac
 import json
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 
 TOKEN_VARIABLE = "LLMRL_SERVER_TOKEN"
@@ -15,11 +16,17 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
+def token_path(port: int) -> Path:
+    """Where `llmrl serve` writes the token of the server on this port: ~/.llmrl/token-<port>."""
+    return Path.home() / ".llmrl" / f"token-{port}"
+
+
 class RequireToken:
     """ASGI middleware (`vllm ... --middleware llmrl.rollout.vllm_auth.RequireToken`): 401 without `Authorization: Bearer TOKEN`.
 
-    The token is that of the environment variable LLMRL_SERVER_TOKEN; without one the server does not start. WebSockets are closed,
-    and a refused request's body is never read.
+    The token is that of the environment variable LLMRL_SERVER_TOKEN; without one the server does not start. It stands before vLLM's own
+    middleware and routing, so unknown routes and CORS preflights are refused too. WebSockets are closed before they are accepted, and a
+    refused request's body is never read.
     """
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
@@ -39,6 +46,10 @@ class RequireToken:
             await send({"type": "websocket.close", "code": 1008})
         else:
             body = json.dumps({"error": "this server needs the header Authorization: Bearer TOKEN"}).encode()
-            headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"www-authenticate", b"Bearer"),
+            ]
             await send({"type": "http.response.start", "status": 401, "headers": headers})
             await send({"type": "http.response.body", "body": body})

