@@ -151,10 +151,11 @@ def evaluate(
     with _bar(progress) as bar:
         task = bar.add_task("evaluate", total=len(prompts), accuracy="")
         for start in range(0, len(prompts), batch_size):
-            groups = engine.generate(prompts[start : start + batch_size], n, sampling)
-            scored = iter(scorer.score([rollout for group in groups for rollout in group], trainer_state))
-            for group in groups:
-                rows.append(_row([next(scored) for _ in group], threshold))
+            asked = prompts[start : start + batch_size]
+            with scorer.session(asked, trainer_state) as session:
+                scored = session.finish(engine.generate(asked, n, sampling, on_group=session.add))
+            for group in scored:
+                rows.append(_row(group, threshold))
                 right += sum(rows[-1]["correct"])
             bar.update(task, completed=len(rows), accuracy=f"accuracy {right / (len(rows) * n):.3f}")
     if gather is not None:

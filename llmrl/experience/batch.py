@@ -194,7 +194,7 @@ def rollout_metrics(rollouts: Iterable[ScoredRollout], names: Sequence[str], gat
 
 
 def merge_reward_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One process's `pop_metrics` each: outcomes add up, seconds are those of the slowest, what a function logged is averaged."""
+    """One process's `Experience.reward_metrics` each: outcomes add up, seconds are those of the slowest, what a function logged is averaged."""
     merged: dict[str, float] = {}
     for name in sorted({name for part in parts for name in part}):
         values = [part[name] for part in parts if name in part]

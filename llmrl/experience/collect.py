@@ -13,15 +13,28 @@ from functools import partial
 from typing import Any, Protocol
 
 from llmrl.errors import LLMRLError
+from llmrl.rewards.tally import Tally
 from llmrl.types import Prompt, Rollout, RolloutEngine, Sampling, ScoredRollout
 
 Gather = Callable[[Any], list[Any]]
 
 
-class Scorer(Protocol):
-    """What scores rollouts, in their order (`llmrl.rewards.runner.RewardRunner`)."""
+class Session(Protocol):
+    """One call's scoring (`llmrl.rewards.session.ScoringSession`): groups may be added as they finish; `finish` takes them all."""
 
-    def score(self, rollouts: Sequence[Rollout], trainer_state: Any = None) -> list[ScoredRollout]: ...
+    def __enter__(self) -> Session: ...
+
+    def __exit__(self, *exception: Any) -> None: ...
+
+    def add(self, index: int, group: list[Rollout]) -> None: ...
+
+    def finish(self, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]: ...
+
+
+class Scorer(Protocol):
+    """What scores the groups of some prompts (`llmrl.rewards.runner.RewardRunner`)."""
+
+    def session(self, prompts: Sequence[Prompt], trainer_state: Any = None, tally: Tally | None = None) -> Session: ...
 
 
 class PromptSampler(Protocol):
@@ -43,12 +56,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Experience:
-    """This process's groups of one step, kept and dropped ones, and how many were drawn and dropped over all processes."""
+    """This process's groups of one step, kept and dropped ones, and how many were drawn and dropped over all processes.
+
+    `reward_metrics` is what this process's scoring counted (`llmrl.rewards.tally.Tally.metrics`).
+    """
 
     step: int
     groups: list[Group]
     metrics: dict[str, float] = field(default_factory=dict)
     dropped: list[Group] = field(default_factory=list)
+    reward_metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def rollouts(self) -> list[ScoredRollout]:
@@ -106,11 +123,12 @@ class Collector:
         kept: dict[int, bool] = {}  # draw index -> kept, over all processes
         mine: list[Group] = []
         seen: Counter[str] = Counter()
+        tally = Tally()
         drawn = rounds = 0
         while (missing := self.batch_size - sum(kept.values())) > 0 and rounds <= self.max_refills:
             draws = [self._distinct(self.prompts[i], seen) for i in self.sampler.take(missing)]
             share = [(drawn + j, p) for j, p in enumerate(draws) if (drawn + j) % self.world_size == self.rank]
-            groups = self._together(partial(self._sample, share, step, trainer_state))
+            groups = self._together(partial(self._sample, share, step, trainer_state, tally))
             mine += groups
             drawn += len(draws)
             rounds += 1
@@ -126,7 +144,7 @@ class Collector:
             "groups/dropped": float(drawn - n_kept),
             "groups/rounds": float(rounds),
         }
-        return Experience(step, groups, metrics if self.drop_zero_std else {}, dropped)
+        return Experience(step, groups, metrics if self.drop_zero_std else {}, dropped, tally.metrics())
 
     def _together(self, action: Callable[[], list[Group]]) -> list[Group]:
         """`action()`; when it fails on one process, all of them raise, so that none waits for the others until the time limit."""
@@ -140,15 +158,16 @@ class Collector:
             raise LLMRLError("; ".join(f"process {rank} failed: {text}" for rank, text in failed.items()))
         return result
 
-    def _sample(self, share: list[tuple[int, Prompt]], step: int, trainer_state: Any) -> list[Group]:
-        sampling = replace(self.sampling, step=step)
-        groups = self.engine.generate([p for _, p in share], self.num_generations, sampling)
-        scored = iter(self.scorer.score([r for g in groups for r in g], trainer_state))
-        out = []
-        for (index, _), group in zip(share, groups):
-            rows = [next(scored) for _ in group]
-            out.append(Group(index, [zero_truncated(r) for r in rows] if self.zero_reward_if_truncated else rows))
-        return out
+    def _sample(self, share: list[tuple[int, Prompt]], step: int, trainer_state: Any, tally: Tally) -> list[Group]:
+        """Samples and scores this process's share of a round; finished groups are scored while others are still sampled."""
+        prompts = [p for _, p in share]
+        with self.scorer.session(prompts, trainer_state, tally) as session:
+            sampling = replace(self.sampling, step=step)
+            groups = self.engine.generate(prompts, self.num_generations, sampling, on_group=session.add)
+            scored = session.finish(groups)
+        if self.zero_reward_if_truncated:
+            scored = [[zero_truncated(r) for r in rows] for rows in scored]
+        return [Group(index, rows) for (index, _), rows in zip(share, scored, strict=True)]
 
     @staticmethod
     def _distinct(prompt: Prompt, seen: Counter[str]) -> Prompt:

@@ -17,57 +17,60 @@ _SIMPLE = (str, int, float, bool, type(None))
 _OURS = {*BATCH_INPUTS, *ROW_INPUTS}
 
 
-class RewardBatch:
-    """The rows of one scoring call as lists, TRL's way: a string a row, or messages where the prompt is conversational.
-
-    A column that only some rows have is None in the others.
+class RewardInputs:
+    """What reward functions are told about the prompts of one scoring call: a string a row, or messages where the prompt is
+    conversational (TRL's way), and the columns. A column that only some prompts have is None in the others.
     """
 
-    def __init__(self, rollouts: Sequence[Rollout], trainer_state: Mapping[str, Any] | None) -> None:
-        self.rollouts = rollouts
+    def __init__(self, prompts: Sequence[Prompt], trainer_state: Mapping[str, Any] | None) -> None:
         self.trainer_state = dict(trainer_state or {})
-        self.texts = [r.completion.text for r in rollouts]
-        self.prompts = [r.prompt.text for r in rollouts]
-        self.completions: list[Any] = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for text, prompt in zip(self.texts, self.prompts, strict=True)
-        ]
-        self.columns = columns_of([r.prompt for r in rollouts])
+        self._columns = columns_of(prompts)
 
-    def __len__(self) -> int:
-        return len(self.rollouts)
+    def columns(self, name: str, description: Mapping[str, Any], *, send: bool) -> dict[str, list[Any]]:
+        """name -> a value a prompt: those that the function takes. `send`: they must travel to a worker as JSON."""
+        accepted = accepted_columns(self._columns, name, description)
+        return sendable_columns(accepted, name, description) if send else accepted
 
-    def batch_task(self, name: str, description: Mapping[str, Any], *, send: bool) -> dict[str, Any]:
-        """The task of a batch function: only what it accepts. `send`: it must travel to a worker as JSON."""
-        inputs = {"prompts": self.prompts, "completions": self.completions, "trainer_state": self.trainer_state}
-        inputs |= (
-            {"completion_ids": [list(r.completion.ids) for r in self.rollouts]}
-            if _takes(description, "completion_ids")
-            else {}
-        )
+    def batch_task(
+        self, groups: Sequence[Sequence[Rollout]], columns: Mapping[str, list[Any]], description: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The task of a batch function, from the groups of all prompts: only what it accepts."""
+        rollouts = [r for group in groups for r in group]
+        inputs: dict[str, Any] = {
+            "prompts": [r.prompt.text for r in rollouts],
+            "completions": [_completion(r) for r in rollouts],
+            "trainer_state": self.trainer_state,
+        }
+        if _takes(description, "completion_ids"):
+            inputs["completion_ids"] = [list(r.completion.ids) for r in rollouts]
         inputs = {k: v for k, v in inputs.items() if _takes(description, k)}
-        return {"rows": len(self), "inputs": {**self._accepted(name, description, send), **inputs}}
+        repeated = {
+            k: [v for v, group in zip(values, groups, strict=True) for _ in group] for k, values in columns.items()
+        }
+        return {"rows": len(rollouts), "inputs": {**repeated, **inputs}}
 
-    def row_tasks(self, name: str, description: Mapping[str, Any], *, send: bool) -> list[dict[str, Any]]:
-        """The tasks of a row verifier, one a row."""
-        columns = self._accepted(name, description, send)
+    def row_tasks(
+        self, index: int, group: Sequence[Rollout], columns: Mapping[str, list[Any]], description: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The tasks of a row verifier, one a row, for the group of prompt number `index`."""
         wanted = [n for n in ("prompt", "completion", "completion_ids", "trainer_state") if _takes(description, n)]
+        own_columns = {k: v[index] for k, v in columns.items()}
         tasks = []
-        for i, rollout in enumerate(self.rollouts):
+        for rollout in group:
             own: dict[str, Any] = {
-                "prompt": self.prompts[i],
-                "completion": self.texts[i],
+                "prompt": rollout.prompt.text,
+                "completion": rollout.completion.text,
                 "trainer_state": self.trainer_state,
             }
             if "completion_ids" in wanted:
                 own["completion_ids"] = list(rollout.completion.ids)
-            inputs = {n: own[n] for n in wanted}
-            tasks.append({"rows": 1, "inputs": {**{k: v[i] for k, v in columns.items()}, **inputs}})
+            tasks.append({"rows": 1, "inputs": {**own_columns, **{n: own[n] for n in wanted}}})
         return tasks
 
-    def _accepted(self, name: str, description: Mapping[str, Any], send: bool) -> dict[str, list[Any]]:
-        accepted = accepted_columns(self.columns, name, description)
-        return sendable_columns(accepted, name, description) if send else accepted
+
+def _completion(rollout: Rollout) -> Any:
+    text = rollout.completion.text
+    return text if isinstance(rollout.prompt.text, str) else [{"role": "assistant", "content": text}]
 
 
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:

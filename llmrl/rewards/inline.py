@@ -72,7 +72,7 @@ class AsyncThread:
 
 
 class InlineRunner:
-    """Runs bound functions here. Never raises for what a function does: that becomes outcomes."""
+    """Runs bound functions here, for one caller at a time. Never raises for what a function does: that becomes outcomes."""
 
     def __init__(self) -> None:
         self._thread, self._loop = SoftThread(), AsyncThread()

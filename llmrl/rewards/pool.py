@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from llmrl.errors import RewardError
 from llmrl.rewards.process import WorkerProcess
@@ -19,15 +25,52 @@ _TICK = 0.1
 T = TypeVar("T")
 
 
-class WorkerPool:
-    """`size` workers that have loaded one function. Not for use from two threads at once.
+class Work(Generic[T]):
+    """Tasks that a pool was given together; `future` has their results, in order. `begun` and `ended` are times (monotonic)."""
 
+    def __init__(
+        self, tasks: Sequence[Mapping[str, Any]], seconds: float, answer: Callable[[dict[str, Any]], T],
+        failure: Callable[[int, str, str], T], retries: int,
+    ) -> None:  # fmt: skip
+        self.tasks, self.seconds, self.answer, self.failure, self.retries = tasks, seconds, answer, failure, retries
+        self.results: dict[int, T] = {}
+        self.future: Future[list[T]] = Future()
+        self.begun, self.ended, self.cancelled = time.monotonic(), 0.0, False
+
+    def settle(self, number: int, result: T) -> None:
+        """Writes down a task's result; that of the last one completes the future."""
+        self.results[number] = result
+        if len(self.results) == len(self.tasks):
+            self.ended = time.monotonic()
+            self.future.set_result([self.results[n] for n in range(len(self.tasks))])
+
+
+@dataclass(eq=False)
+class Job:
+    """One task of a `Work`, and how many workers it has taken with it."""
+
+    work: Work[Any]
+    number: int
+    deaths: int = 0
+
+
+class WorkerPool:
+    """`size` workers that have loaded one function, for any number of callers at once: tasks are taken in the order they came in.
+
+    A thread of its own tends the workers for as long as there is work.
     setup: {"target", "args", "name", "memory_bytes": {"row", "batch"}} as `llmrl.rewards.worker` reads it.
     """
 
     def __init__(self, setup: Mapping[str, Any], size: int) -> None:
         self._setup, self.size = dict(setup), size
         self._workers = [WorkerProcess(self._setup)]
+        self._lock = threading.RLock()  # reentrant: a garbage collection may call `close` anywhere
+        self._waiting: deque[Job] = deque()
+        self._open: dict[Work[Any], None] = {}
+        self._thread: threading.Thread | None = None
+        self._wake_read, self._wake_write = os.pipe()
+        for fd in (self._wake_read, self._wake_write):
+            os.set_blocking(fd, False)
         self._closed, self._failed_starts = False, 0
         try:
             self.description = self._wait_for_first()
@@ -37,94 +80,193 @@ class WorkerPool:
 
     def grow(self, size: int) -> None:
         """Starts further workers, without waiting for them."""
-        self.size = size
-        self._replenish()
+        with self._lock:
+            self.size = size
+            self._replenish()
+
+    def start(
+        self, tasks: Sequence[Mapping[str, Any]], seconds: float, answer: Callable[[dict[str, Any]], T],
+        failure: Callable[[int, str, str], T], *, retries: int,
+    ) -> Work[T]:  # fmt: skip
+        """Hands tasks to the workers and returns at once.
+
+        `failure(number, kind, detail)` makes the result of a task that ran over `seconds` of work (kind "timeout") or took its worker
+        with it (kind "error") `retries` + 1 times. Both callbacks run in the pool's thread. The future raises RewardError when workers
+        can't start or the pool is closed meanwhile.
+        """
+        work = Work(tasks, seconds, answer, failure, retries)
+        if not tasks:
+            work.future.set_result([])
+            return work
+        with self._lock:
+            if self._closed:
+                raise RewardError(f"reward function {self._setup['target']!r}: the runner is closed")
+            self._open[work] = None
+            self._waiting.extend(Job(work, n) for n in range(len(tasks)))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="llmrl-reward-pool", daemon=True)
+                self._thread.start()
+            else:
+                self._wake()
+        return work
 
     def run(
         self, tasks: Sequence[Mapping[str, Any]], seconds: float, answer: Callable[[dict[str, Any]], T],
         failure: Callable[[int, str, str], T], *, retries: int,
     ) -> list[T]:  # fmt: skip
-        """One result a task, in order. `failure(number, kind, detail)` makes the result of a task that ran over `seconds` of work
-        (kind "timeout") or took its worker with it (kind "error") `retries` + 1 times. Raises RewardError when workers can't start.
-        """
-        results: dict[int, T] = {}
-        waiting, deaths = deque(range(len(tasks))), dict.fromkeys(range(len(tasks)), 0)
+        """As `start`, and waits: one result a task, in order."""
+        return self.start(tasks, seconds, answer, failure, retries=retries).future.result()
 
-        def settle(worker: WorkerProcess, kind: str, detail: str) -> None:
-            """The first task of the chunk is to blame; the others go back to the front of the queue."""
-            chunk = list(worker.chunk)
-            worker.kill()
-            if chunk:
-                deaths[chunk[0]] += 1
-                if kind == "timeout" or deaths[chunk[0]] > retries:
-                    results[chunk[0]] = failure(chunk[0], kind, detail)
-                    chunk = chunk[1:]
-            waiting.extendleft(reversed(chunk))
-
-        while len(results) < len(tasks) and not self._closed:
-            self._replenish()
-            for worker in self._workers:
-                if worker.state == "idle" and waiting:
-                    # A task that has already taken a worker with it goes alone, so that nobody else waits behind it.
-                    count = (
-                        1 if deaths[waiting[0]] else min(MAX_CHUNK, -(-len(waiting) // (4 * self.size)), len(waiting))
-                    )
-                    numbers = [waiting.popleft() for _ in range(count)]
-                    worker.assign(numbers, [tasks[n] for n in numbers])
-            self._wait(seconds)
-            for worker in list(self._workers):
-                ended = worker.died()
-                for message in worker.receive():
-                    results[worker.chunk.popleft()] = answer(message)
-                if worker.state == "busy" and not worker.chunk:
-                    worker.state = "idle"
-                if worker.state != "dead" and ended:
-                    self._count_failed_start(worker, ended)
-                    settle(worker, "error", ended)
-                elif worker.state == "busy" and worker.begun is not None and time.monotonic() - worker.begun > seconds:
-                    settle(worker, "timeout", f"no answer after {seconds:g} s of work")
-                elif worker.state == "starting" and time.monotonic() - worker.since > START_SECONDS:
-                    self._count_failed_start(worker, f"it was not ready after {START_SECONDS:g} s")
-                    worker.kill()
-        if self._closed:
-            raise RewardError(f"reward function {self._setup['target']!r}: the runner was closed while it was scoring")
-        return [results[n] for n in range(len(tasks))]
-
-    def abort(self) -> None:
-        """Makes a `run` in another thread raise within a moment."""
-        self._closed = True
+    def cancel(self, work: Work[Any]) -> None:
+        """Drops what has no result yet. Workers that are at it are replaced, within a moment."""
+        with self._lock:
+            if work in self._open:
+                work.cancelled = True
+                self._wake()
 
     def close(self) -> None:
-        """Kills the workers. May be called twice, but not while `run` is at work in another thread: `abort` that first."""
-        self._closed = True
+        """Kills the workers; unfinished work raises RewardError. May be called twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            thread = self._thread
+            self._wake()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        with self._lock:
+            self._fail(
+                RewardError(f"reward function {self._setup['target']!r}: the runner was closed while it was scoring")
+            )
+            for worker in self._workers:
+                worker.kill()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it will wake
+            os.write(self._wake_write, b"!")
+
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 1 << 10)
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                try:
+                    self._drop_cancelled()
+                    if self._closed or not self._open:
+                        self._thread = None
+                        return
+                    self._replenish()
+                    self._assign()
+                    poll, timeout = self._poll()
+                except BaseException as error:
+                    self._fail(error)
+                    continue
+            poll.poll(timeout * 1000)
+            with self._lock:
+                try:
+                    self._receive()
+                except BaseException as error:
+                    self._fail(error)
+
+    def _drop_cancelled(self) -> None:
+        gone = [work for work in self._open if work.cancelled]
+        if not gone:
+            return
+        for work in gone:
+            del self._open[work]
+            work.future.cancel()
         for worker in self._workers:
-            worker.kill()
+            if any(job.work.cancelled for job in worker.chunk):
+                self._waiting.extendleft(reversed(worker.chunk))
+                worker.kill()
+        self._waiting = deque(job for job in self._waiting if not job.work.cancelled)
+
+    def _fail(self, error: BaseException) -> None:
+        """Everybody who waits gets the error, and nothing is left to do."""
+        works = list(self._open)
+        self._open.clear()
+        self._waiting.clear()
+        for worker in self._workers:
+            if worker.state in ("busy", "starting"):
+                worker.kill()
+        for work in works:
+            work.future.set_exception(error)
+
+    def _assign(self) -> None:
+        for worker in self._workers:
+            if worker.state == "idle" and self._waiting:
+                # A task that has already taken a worker with it goes alone, so that nobody else waits behind it.
+                alone = self._waiting[0].deaths > 0
+                count = 1 if alone else min(MAX_CHUNK, -(-len(self._waiting) // (4 * self.size)))
+                jobs = [self._waiting.popleft() for _ in range(count)]
+                worker.assign(jobs, [job.work.tasks[job.number] for job in jobs])
+
+    def _receive(self) -> None:
+        """Takes in what the workers have sent, and replaces those that died or are late."""
+        self._drain()
+        for worker in self._workers:
+            if worker.state == "dead":
+                continue
+            worker.flush()
+            ended = worker.died()
+            for message in worker.receive():
+                job = worker.chunk.popleft()
+                self._settle(job, job.work.answer(message))
+            if worker.state == "busy" and not worker.chunk:
+                worker.state = "idle"
+            if ended:
+                self._count_failed_start(worker, ended)
+                self._replace(worker, "error", ended)
+            elif worker.state == "busy" and time.monotonic() > _due(worker):
+                self._replace(worker, "timeout", f"no answer after {worker.chunk[0].work.seconds:g} s of work")
+            elif worker.state == "starting" and time.monotonic() - worker.since > START_SECONDS:
+                self._count_failed_start(worker, f"it was not ready after {START_SECONDS:g} s")
+                worker.kill()
+
+    def _replace(self, worker: WorkerProcess, kind: str, detail: str) -> None:
+        """The first task of the chunk is to blame; the others go back to the front of the queue."""
+        chunk = list(worker.chunk)
+        worker.kill()
+        if chunk:
+            first = chunk[0]
+            first.deaths += 1
+            if kind == "timeout" or first.deaths > first.work.retries:
+                self._settle(first, first.work.failure(first.number, kind, detail))
+                chunk = chunk[1:]
+        self._waiting.extendleft(reversed(chunk))
+
+    def _settle(self, job: Job, result: Any) -> None:
+        if len(job.work.results) + 1 == len(job.work.tasks):
+            del self._open[job.work]
+        job.work.settle(job.number, result)
 
     def _replenish(self) -> None:
         self._workers = [w for w in self._workers if w.state != "dead"]
         while len(self._workers) < self.size and not self._closed:
             self._workers.append(WorkerProcess(self._setup))
 
-    def _wait(self, seconds: float) -> None:
-        """Sleeps until a pipe has something, or a deadline or a death could be due."""
-        now = time.monotonic()
-        ends = [w.begun + seconds - now for w in self._workers if w.state == "busy" and w.begun is not None]
-        timeout = max(0.0, min([_TICK, *ends]))
-        reading = [w.results for w in self._workers if w.state != "dead"]
-        writing = {w.outgoing_fd: w for w in self._workers if w.state != "dead" and w.outgoing_fd is not None}
+    def _poll(self) -> tuple[select.poll, float]:
+        """What to wait for (a message, a call of `_wake`, room in a pipe), and for how many seconds: until a deadline could be over, or
+        a worker dead."""
         poll = select.poll()
-        for fd in reading:
-            poll.register(fd, select.POLLIN)
-        for fd in writing:
-            poll.register(fd, select.POLLOUT)
-        for fd, _ in poll.poll(timeout * 1000):
-            if fd in writing:
-                writing[fd].flush()
+        poll.register(self._wake_read, select.POLLIN)
+        for worker in self._workers:
+            poll.register(worker.results, select.POLLIN)
+            if worker.outgoing_fd is not None:
+                poll.register(worker.outgoing_fd, select.POLLOUT)
+        now = time.monotonic()
+        return poll, max(0.0, min([_TICK, *(_due(w) - now for w in self._workers)]))
 
     def _wait_for_first(self) -> dict[str, Any]:
         worker = self._workers[0]
         while worker.state == "starting":
-            self._wait(START_SECONDS)
+            poll, timeout = self._poll()
+            poll.poll(timeout * 1000)
+            worker.flush()
             ended = worker.died()
             worker.receive()
             if worker.state == "starting" and (ended or time.monotonic() - worker.since > START_SECONDS):
@@ -139,3 +281,8 @@ class WorkerPool:
             raise RewardError(
                 f"reward function {self._setup['target']!r}: {self._failed_starts} workers in a row could not start; {how}"
             )
+
+
+def _due(worker: WorkerProcess) -> float:
+    """When (monotonic) the task that it is at will have had its time."""
+    return worker.begun + worker.chunk[0].work.seconds if worker.chunk and worker.begun is not None else math.inf

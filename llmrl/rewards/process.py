@@ -49,17 +49,17 @@ class WorkerProcess:
         os.set_blocking(self.results, False)
         self.state = "starting"
         self.description: dict[str, Any] = {}
-        self.chunk: deque[int] = deque()
+        self.chunk: deque[Any] = deque()
         self.begun: float | None = None
         self.since = time.monotonic()
         self._decoder, self._outgoing, self._broken = Decoder(), bytearray(), ""
         _live.add(self)
         self._send({**setup, "sys_path": [*dict.fromkeys(p or os.getcwd() for p in [*sys.path, os.getcwd()])]})
 
-    def assign(self, numbers: Sequence[int], tasks: Sequence[Mapping[str, Any]]) -> None:
-        """Sends the tasks of these numbers; results come back in their order."""
-        self.chunk, self.begun, self.state, self.since = deque(numbers), None, "busy", time.monotonic()
-        self._send({"id": numbers[0], "tasks": tasks})
+    def assign(self, chunk: Sequence[Any], tasks: Sequence[Mapping[str, Any]]) -> None:
+        """Sends the tasks; results come back in their order. `chunk` is what the caller knows each of them by."""
+        self.chunk, self.begun, self.state, self.since = deque(chunk), None, "busy", time.monotonic()
+        self._send({"tasks": tasks})
 
     def receive(self) -> list[dict[str, Any]]:
         """The messages that have arrived. State changes of the worker itself are handled here; results are returned.

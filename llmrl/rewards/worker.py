@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 def _serve(bound: BoundFunction, tasks: int, results: int) -> None:
     with event_loop() as resolve_awaitable:
         while (message := read_message(tasks)) is not None:
-            write_message(results, {"started": message["id"]})
+            write_message(results, {"started": len(message["tasks"])})
             for task in message["tasks"]:
                 begun = time.monotonic()
                 if "check" in task:

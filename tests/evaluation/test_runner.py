@@ -10,6 +10,7 @@ import pytest
 from llmrl.errors import DataError
 from llmrl.evaluation.runner import evaluate
 from llmrl.types import Completion, Prompt, Rollout, Sampling, ScoredRollout
+from tests.scorers import PlainScorer
 
 SAMPLING = Sampling(max_tokens=8, temperature=0.7)
 
@@ -22,7 +23,7 @@ class Engine:
     def __init__(self):
         self.calls = []
 
-    def generate(self, prompts, num_generations, sampling):
+    def generate(self, prompts, num_generations, sampling, on_group=None):
         self.calls.append(len(prompts))
         return [
             [
@@ -33,7 +34,7 @@ class Engine:
         ]
 
 
-class Scorer:
+class Scorer(PlainScorer):
     """Reward of prompt k: 1 for its first k completions, else 0; `broken` maps (prompt, sample) to an outcome without reward."""
 
     def __init__(self, broken=()):

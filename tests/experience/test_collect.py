@@ -12,6 +12,7 @@ from llmrl.errors import LLMRLError, RolloutError
 from llmrl.experience.batch import rollout_metrics
 from llmrl.experience.collect import Collector, Group, zero_truncated
 from llmrl.types import Completion, Prompt, Rollout, Sampling, ScoredRollout
+from tests.scorers import PlainScorer
 
 
 class KeyedEngine:
@@ -22,7 +23,7 @@ class KeyedEngine:
     def __init__(self):
         self.prompts_seen: list[str] = []
 
-    def generate(self, prompts, num_generations, sampling):
+    def generate(self, prompts, num_generations, sampling, on_group=None):
         self.prompts_seen += [p.id for p in prompts]
         return [
             [
@@ -36,7 +37,7 @@ class KeyedEngine:
         self.version = version
 
 
-class Rule:
+class Rule(PlainScorer):
     """Prompts with an even number get distinct rewards, odd ones equal rewards."""
 
     def score(self, rollouts, trainer_state=None):
@@ -100,7 +101,7 @@ def test_the_same_groups_on_any_number_of_processes(drop, world_size):
 
 def test_a_failure_of_one_process_is_raised_by_all():
     class Broken(KeyedEngine):
-        def generate(self, prompts, num_generations, sampling):
+        def generate(self, prompts, num_generations, sampling, on_group=None):
             raise RolloutError("logits are not finite")
 
     first, second = parallel(2, engines=[KeyedEngine(), Broken()])

@@ -15,6 +15,7 @@ from llmrl.errors import ConfigError, RewardError
 from llmrl.models.scorer import load_scorer, save_scorer
 from llmrl.rewards.learned import LearnedReward, combine
 from llmrl.rewards.runner import RewardRunner
+from llmrl.rewards.tally import Tally
 from llmrl.types import Completion, Prompt, Rollout
 
 SAYS = (  # another template than the policy's ChatML, another BOS and EOS
@@ -154,8 +155,8 @@ def test_a_runner_takes_models_like_functions(models, tmp_path):
     want = by_transformers(models[0], rollouts)
     with RewardRunner(specs) as runner:
         assert runner.names == ["rm1", "think_format", "both"] and not runner.check_golds([r.prompt for r in rollouts])
-        scored = runner.score(rollouts)
-        metrics = runner.pop_metrics()
+        scored = runner.score(rollouts, tally=(tally := Tally()))
+        metrics = tally.metrics()
         held = runner._functions[0]
     assert [s.parts["rm1"] for s in scored] == pytest.approx(want, abs=1e-5)
     assert scored[0].reward == pytest.approx(2 * want[0] + 0.5, abs=1e-5) and scored[0].outcomes["rm1"] == "score"

@@ -13,6 +13,7 @@ import pytest
 from llmrl.config.reward import RewardSpec
 from llmrl.errors import ConfigError, RewardError
 from llmrl.rewards import RewardRunner, row_verifier
+from llmrl.rewards.tally import Tally
 from tests.rewards.conftest import rollout, rollouts
 
 
@@ -27,8 +28,8 @@ def kinds(scored, name):
 def run(spec, rows, state=None, **options):
     options.setdefault("on_error", "skip")
     with RewardRunner([RewardSpec(**spec)], workers=1, **options) as runner:
-        scored = runner.score(rows, state)
-        return scored, runner.pop_metrics()
+        tally = Tally()
+        return runner.score(rows, state, tally), tally.metrics()
 
 
 def test_weighted_sum_over_the_parts_that_apply():
@@ -63,8 +64,8 @@ def test_callables_get_what_trl_passes():
 
     rows = [rollout("a", 0, ids=(5, 6), level=1, answer="4"), rollout("b", 1, ids=(7,), level=2, prompt="other")]
     with RewardRunner([], reward_funcs=[full]) as runner:
-        scored = runner.score(rows, {"global_step": 7})
-        metrics = runner.pop_metrics()
+        scored = runner.score(rows, {"global_step": 7}, tally := Tally())
+    metrics = tally.metrics()
     assert seen == {
         "prompts": ["q?", "other"],
         "completions": ["a", "b"],
@@ -172,8 +173,8 @@ def test_stop_names_function_row_and_outcome(caplog):
 
     with RewardRunner([], reward_funcs=grumpy, on_error="stop") as runner:
         with pytest.raises(RewardError, match=r"'grumpy': error on row 'p0', sample 0: ValueError: no good") as error:
-            runner.score(rollouts("the completion"))
-        assert runner.pop_metrics()["reward_outcomes/grumpy/error"] == 1
+            runner.score(rollouts("the completion"), tally=(tally := Tally()))
+        assert tally.metrics()["reward_outcomes/grumpy/error"] == 1
     assert "the completion" in str(error.value)
     assert "test_runner.py" in str(error.value), "the traceback's tail says where"
 
@@ -186,9 +187,10 @@ def test_skip_gives_none_counts_and_logs(caplog):
         caplog.at_level(logging.WARNING, "llmrl.rewards"),
         RewardRunner([], reward_funcs=picky, on_error="skip") as runner,
     ):
-        scored = runner.score(rollouts("x", "", "", "", "", ""))
-        assert runner.pop_metrics()["reward_outcomes/picky/malformed"] == 5
-        assert runner.pop_metrics()["reward_outcomes/picky/malformed"] == 0, "counts start again"
+        scored = runner.score(rollouts("x", "", "", "", "", ""), tally=(tally := Tally()))
+        assert tally.metrics()["reward_outcomes/picky/malformed"] == 5
+        runner.score(rollouts("x", ""), tally=tally)
+        assert tally.metrics()["reward_outcomes/picky/malformed"] == 6, "a tally goes on counting"
     assert [s.reward for s in scored] == [1.0] + [None] * 5
     assert "malformed on row 'p1'" in caplog.text
     assert "2 more rows failed" in caplog.text

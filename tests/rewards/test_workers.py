@@ -14,6 +14,7 @@ import pytest
 from llmrl.config.reward import RewardSpec
 from llmrl.errors import RewardError
 from llmrl.rewards import RewardRunner
+from llmrl.rewards.tally import Tally
 from tests.rewards.conftest import alive, children, rollout, rollouts, wait_until
 
 HOSTILE = r"\boxed{9^{9^{9^9}}}"
@@ -39,8 +40,8 @@ def test_thirty_two_towers_among_right_answers_cost_nobody_a_score():
 def test_answers_that_pass_the_guard_cost_their_deadline_and_only_their_row():
     texts = [SLOW if i in (0, 5, 6) else r"so \boxed{\frac{84}{2}}" for i in range(24)]
     with RewardRunner([RewardSpec(function="math_answer", timeout=1.0)], workers=2, on_error="stop") as runner:
-        scored = runner.score(rollouts(*texts, answer="42"))
-        metrics = runner.pop_metrics()
+        scored = runner.score(rollouts(*texts, answer="42"), tally=(tally := Tally()))
+    metrics = tally.metrics()
     assert [s.reward for s in scored] == [None if t is SLOW else 1.0 for t in texts], "and the run goes on under `stop`"
     assert metrics["reward_outcomes/math_answer/timeout"] == 3
 
