@@ -1,0 +1,60 @@
+"""The Slurm script, run with stand-ins for Slurm's commands that write down what they are asked."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[1] / "recipes" / "slurm" / "grpo-multinode.sbatch"
+
+
+def run(tmp_path, nodes, **env):
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    stubs = {
+        "scontrol": "for n in $NODES; do echo $n; done",
+        # What the node itself would run is run here, so that its quoting is tested as well.
+        "srun": 'echo "srun $*" >> "$LOG"; while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=1 "$@"',
+        "llmrl": 'echo "gpus=$CUDA_VISIBLE_DEVICES $*" >> "$LOG"',
+        "accelerate": 'echo "accelerate $*" >> "$LOG"',
+        "hostname": "echo node",
+    }
+    for name, body in stubs.items():
+        path = commands / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    log = tmp_path / "log"
+    environment = {
+        **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "NODES": nodes, "LOG": str(log), "SLURM_JOB_NODELIST": "x",
+        "SLURM_JOB_ID": "7", **env,
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "r.yaml", "some/model"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done, log.read_text().splitlines() if log.exists() else []
+
+
+def test_nodes_are_shared_out_and_the_token_is_on_no_command_line(tmp_path):
+    done, log = run(tmp_path, "a b c", GPUS="4", TENSOR_PARALLEL="2", TRAIN_NODES="1")
+    assert done.returncode == 0, done.stderr
+    servers = [line for line in log if line.startswith("gpus=")]
+    assert sorted(line.split()[0] for line in servers) == ["gpus=0,1", "gpus=2,3"]
+    assert all("--host 0.0.0.0" in line and "--tensor-parallel-size 2" in line for line in servers)
+    (training,) = [line for line in log if line.startswith("accelerate")]
+    assert "rollout.urls=[http://b:8000,http://b:8001,http://c:8000,http://c:8001]" in training
+    assert "--num_processes 4" in training and "--machine_rank 1" in training
+    token = tmp_path / "runs" / "slurm-7" / "token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text().strip()) > 20
+    assert token.read_text().strip() not in "\n".join(log)
+
+
+def test_a_job_without_nodes_for_servers_is_refused(tmp_path):
+    done, log = run(tmp_path, "a b", TRAIN_NODES="2")
+    assert done.returncode == 1 and "TRAIN_NODES" in done.stderr and not log
