@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import secrets
 import signal
@@ -32,7 +31,7 @@ TEXTS = [f"{a} + {b} = {a + b}; {a} times {b} is {a * b}" for a in range(12) for
 
 @dataclass
 class RunningServer:
-    """A server that answers. `stop` and `start` kill it and start it again on the same port."""
+    """A server that answers. After `stop` or `kill`, `start` starts it again on the same port, which takes a minute."""
 
     url: str
     token: str
@@ -49,11 +48,7 @@ class RunningServer:
         environment = {
             **os.environ,
             "LLMRL_SERVER_TOKEN": self.token,
-            "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            "VLLM_NO_USAGE_STATS": "1",
             "OMP_NUM_THREADS": "1",
         }
         with self.log.open("ab") as out:
@@ -68,14 +63,25 @@ class RunningServer:
             raise
 
     def stop(self) -> None:
-        """Ends the server and every process that it started."""
+        """Ends the server as a user would, and checks that it leaves no process behind."""
         if self.process is None:
             return
-        for number, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
+        group, self.process = self.process, None
+        group.terminate()
+        try:
+            group.wait(60)
+            orphans = _exists(group.pid)
+        finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(seconds)
+                os.killpg(group.pid, signal.SIGKILL)
+            group.wait(10)
+        assert not orphans, f"SIGTERM left processes of the server behind:\n{self.tail()}"
+
+    def kill(self) -> None:
+        """Ends it and all its processes at once, as a crash of the machine would."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
         self.process = None
 
     def _wait(self) -> None:
@@ -101,6 +107,18 @@ class RunningServer:
         return self.log.read_text(errors="replace")[-characters:]
 
 
+def _exists(group: int, seconds: float = 5.0) -> bool:
+    """Whether processes of this group are there, and still there after some seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def require_vllm() -> None:
     """Skips where there is no vLLM: it exists for Linux only."""
     if importlib.util.find_spec("vllm") is None:
@@ -116,12 +134,8 @@ def free_port() -> int:
 def _running(model: Path, directory: Path) -> Iterator[RunningServer]:
     port = free_port()
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32",
-        "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager", "--host", "127.0.0.1", "--port", str(port),
-        "--enable-scale-out", "--middleware", "llmrl.rollout.vllm_auth.RequireToken",
-        "--worker-extension-cls", "llmrl.rollout.vllm_worker.WeightProof",
-        "--weight-transfer-config", json.dumps({"backend": "disk"}), "--logprobs-mode", "processed_logprobs",
-        "--enable-lora", "--max-lora-rank", str(MAX_LORA_RANK),
+        sys.executable, "-m", "llmrl.cli", "serve", "--model", str(model), "--port", str(port), "--dtype", "float32",
+        "--max-model-len", str(MAX_MODEL_LEN), "--max-lora-rank", str(MAX_LORA_RANK), "--", "--enforce-eager",
     ]  # fmt: skip
     server = RunningServer(
         f"http://127.0.0.1:{port}", secrets.token_urlsafe(), model, directory / "server.log", command

@@ -27,6 +27,7 @@ COMMANDS = {
         "a run that must change nothing: does the engine sample with the trainer's weights?",
     ),
     "check": ("llmrl.cli.check", "what a recipe would do: rows, masks, lengths, batches, rewards, memory"),
+    "serve": ("llmrl.cli.serve", "a vLLM server that training samples from; --check looks at one that runs"),
     "init-model": ("llmrl.cli.init_model", "a small model from scratch, with a tokenizer trained on your files"),
     "merge": ("llmrl.cli.merge", "a LoRA adapter merged into its base model"),
     "quickstart": ("llmrl.cli.quickstart", "model, SFT, GRPO and evaluation in one go, without a network"),
