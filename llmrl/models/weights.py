@@ -18,7 +18,10 @@ class ModelWeights:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.adapter_rank = _plain_lora_rank(model)
+        adapted = is_adapted(model)
+        self.merged_because = _beyond_factors(model) if adapted else ""
+        """What keeps the adapter from being sent alone; empty when nothing does, and without an adapter."""
+        self.adapter_rank = _rank(model) if adapted and not self.merged_because else None
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return full_parameters(self._model)
@@ -28,17 +31,49 @@ class ModelWeights:
         return full_parameters(self._model, merge=False)
 
     def save_adapter(self, directory: Path) -> None:
-        self._model.save_pretrained(directory)
+        # peft would otherwise ask the hub for the base's vocabulary
+        self._model.save_pretrained(directory, save_embedding_layers=False)
 
 
-def _plain_lora_rank(model: Any) -> int | None:
-    """The rank of an adapter that low-rank factors of linear layers say all of, as inference engines take it; else None."""
-    if not is_adapted(model):
-        return None
-    config = model.peft_config[model.active_adapter]
-    whole = config.modules_to_save or getattr(config, "trainable_token_indices", None) or config.bias != "none"
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or config.use_dora or whole:
-        return None
+_OWN_START = {"gaussian", "orthogonal", "eva"}
+"""Values of `init_lora_weights` that leave the base weights alone. The others change them, and engines refuse such adapters."""
+_BEYOND_FACTORS = (
+    "use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias", "layer_replication",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora",
+)  # fmt: skip
+"""Settings of peft's LoraConfig that make an adapter more than low-rank factors, or its layers others than the model's."""
+
+
+def _beyond_factors(model: Any) -> str:
+    """What an adapter has beside low-rank factors of the decoder's linear layers, which are all that inference engines take; else "".
+
+    vLLM scales by `use_rslora`, `rank_pattern` and `alpha_pattern` as peft does. It takes embeddings and the output head in few models,
+    so an adapter on those is merged.
+    """
+    if len(model.active_adapters) != 1:
+        return "several adapters at once"
+    config = model.peft_config[model.active_adapters[0]]
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+        return "another type than LoRA"
+    if config.bias != "none":
+        return f"bias={config.bias!r}"
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _OWN_START:
+        return f"init_lora_weights={config.init_lora_weights!r}"
+    for name in _BEYOND_FACTORS:
+        if getattr(config, name, None):
+            return name
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    for path, module in base.named_modules():
+        if hasattr(module, "get_delta_weight") and (
+            module is head or not isinstance(module.get_base_layer(), nn.Linear)
+        ):
+            return f"factors of {path}"
+    return ""
+
+
+def _rank(model: Any) -> int:
+    config = model.peft_config[model.active_adapters[0]]
     return max([config.r, *config.rank_pattern.values()])
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 2**24
+"""Elements summed at once: torch widens them to int64 first, which takes 128 MiB, and servers leave little memory free."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,13 @@ class Fingerprint:
 
 
 def fingerprint(tensors: Iterable[torch.Tensor]) -> Fingerprint:
-    """The fingerprint of some tensors; reads each once, on its device, and waits for the devices at the end."""
+    """The fingerprint of some tensors of any shapes, 1, 2, 4 or 8 bytes an element; reads each on its device and waits for the
+    devices once, at the end."""
     count = size = 0
     sums = []
     for tensor in tensors:
         count += 1
         size += tensor.numel() * tensor.element_size()
         integers = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
-        sums.append(integers.sum(dtype=torch.int64))
+        sums += [part.sum(dtype=torch.int64) for part in integers.split(_CHUNK)]
     return Fingerprint(count, size, sum(int(s) for s in sums) % 2**64)
