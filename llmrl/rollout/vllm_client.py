@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -123,6 +123,12 @@ class VLLMServer:
         When it gives up after `timeout` seconds the connection is closed, which makes vLLM abort the request.
         """
         return self._json("POST", "/inference/v1/generate", body, timeout)
+
+    def abort(self, request_ids: Sequence[str], timeout: float = 2.0) -> None:
+        """Ends requests in flight, by the `request_id` in their bodies; they are then answered with what they have."""
+        # vLLM puts the prefix before the ids that it is given.
+        body = {"request_ids": [f"generate-tokens-{i}" for i in request_ids]}
+        self._send("POST", "/inference/v1/abort_requests", body, timeout)
 
     def weights(self) -> list[Fingerprint]:
         """The fingerprint of the parameters in memory, one a worker."""

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from llmrl.rollout.fingerprint import fingerprint
+from llmrl.rollout.fingerprint import Fingerprint, fingerprint
 from llmrl.rollout.sampling import draw
 from llmrl.types import Sampling
 
@@ -83,6 +83,7 @@ class FakeVLLM:
         """Listens, on the port that it had before if it had one, with the weights of its directory and the label "default"."""
         self.become(self.model_dir)
         self.label, self._updating, self._broken = "default", False, False
+        self.received = Fingerprint()
         self.adapters: dict[str, Any] = {}
         self._prefixes: dict[Any, Any] = {}
         self._stale: dict[str, torch.Tensor] | None = None
@@ -222,6 +223,8 @@ class FakeVLLM:
         with self._lock:
             if body["method"] == "llmrl_weights":
                 return {"results": [fingerprint(self.model.parameters()).to_json()]}
+            if body["method"] == "llmrl_received":
+                return {"results": [self.received.to_json()]}
         if body["method"] != "llmrl_describe" or "plain_vllm" in self.overrides:
             raise _Answer(500, {"error": {"message": f"AttributeError: no attribute {body['method']!r}"}})
         described = {k: getattr(config, k) for k in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")}
@@ -242,7 +245,7 @@ class FakeVLLM:
         with self._lock:
             self._updating, self._broken = True, False
             self._before = {k: v.clone() for k, v in self.model.state_dict().items()}
-            self._lost = False
+            self._lost, self.received = False, Fingerprint()
         return {"message": "Weight update started"}
 
     def _post_update_weights(self, body: Any, query: str) -> Any:
@@ -259,6 +262,7 @@ class FakeVLLM:
                         tensors = tensors[: len(tensors) // 2]
                     elif self.weight_fault == "lose_tensor" and not self._lost:
                         tensors, self._lost = tensors[:-1], True
+                    self.received += fingerprint(t for _, t in tensors)
                     for name, tensor in tensors:
                         if state[name].shape != tensor.shape:
                             raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
