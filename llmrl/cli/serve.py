@@ -40,13 +40,14 @@ def run(argv: Sequence[str]) -> int:
     if (url is None) == (model is None):
         parser.error("give --model M to start a server, or --check URL to look at one")
     given = {name: value for name, value in args.items() if value is not None}
-    if url is None:
-        from llmrl.rollout.vllm_server import ServeOptions, launch
+    if url is not None:
+        for name in given.keys() - {"token_file"}:
+            parser.error(f"--{name.replace('_', '-')} is for starting a server, not for --check")
+        return check(url, given.get("token_file"))
+    from llmrl.rollout.vllm_server import ServeOptions, launch
 
-        launch(ServeOptions(model, vllm_args=tuple(rest), **given))
-    for name in given.keys() - {"token_file"}:
-        parser.error(f"--{name.replace('_', '-')} is for starting a server, not for --check")
-    return check(url, given.get("token_file"))
+    launch(ServeOptions(model, vllm_args=tuple(rest), **given))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import ipaddress
@@ -134,7 +135,8 @@ def write_token(path: Path, token: str) -> None:
             file.write(token + "\n")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ConfigError(
             f"The token can't be written to {path} ({error.strerror}); name another --token-file, or set {TOKEN_VARIABLE}"
         ) from error
@@ -181,7 +183,7 @@ def _check_arguments(arguments: Sequence[str]) -> None:
         given = re.split(r"[=.]", argument.lstrip("-"), maxsplit=1)[0].replace("_", "-").lower()
         given = _SHORT.get(given, given)
         for name, own in _OWN.items():
-            if name.startswith(given):
+            if name.startswith(given.removeprefix("no-")):
                 raise ConfigError(f"{argument}: llmrl sets this itself; use {own} (before --)")
         for name, reason in _FIXED.items():
             if name.startswith(given.removeprefix("no-")):
@@ -312,8 +314,10 @@ def _command(options: ServeOptions, on_cpu: bool) -> list[str]:
         rank = min(r for r in LORA_RANKS if r >= options.max_lora_rank)
         # Two at once: while requests of the last version finish, those of the next one need not wait.
         command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
-    if on_cpu and not any(a.replace("_", "-").endswith("enforce-eager") for a in options.vllm_args):
-        command.append("--enforce-eager")
+    # On the CPU, vLLM 0.32 dies of a seeded request whose prompt it cuts: it takes back a draw, which CPU generators can't.
+    for name in ("--enforce-eager", "--no-enable-chunked-prefill") if on_cpu else ():
+        if not any(a.replace("_", "-").endswith(name.removeprefix("--no-").lstrip("-")) for a in options.vllm_args):
+            command.append(name)
     return [*command, *options.vllm_args]
 
 
