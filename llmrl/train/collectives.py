@@ -19,10 +19,22 @@ TIMEOUT = timedelta(minutes=60)  # a rank may wait for the slowest rollout, or f
 
 
 class Collectives:
-    """`rank` of `world_size` processes; `device` is where the process group's tensors live."""
+    """`rank` of `world_size` processes; `device` is where the tensors of `group` (None: the default process group) live."""
 
-    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
-        self.rank, self.world_size, self.device = rank, world_size, device
+    def __init__(
+        self, rank: int, world_size: int, device: torch.device, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.rank, self.world_size, self.device, self.group = rank, world_size, device, group
+
+    def second_channel(self) -> Collectives:
+        """Collectives of their own, over gloo, for a thread beside the one that uses these; all processes must make it.
+
+        On one group, what two threads send is told apart by the order alone, which differs from process to process.
+        """
+        if self.world_size == 1:
+            return Collectives(self.rank, self.world_size, torch.device("cpu"))
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        return Collectives(self.rank, self.world_size, torch.device("cpu"), group)
 
     @overload
     def global_sum(self, values: torch.Tensor) -> torch.Tensor: ...
@@ -37,7 +49,7 @@ class Collectives:
         if self.world_size > 1:
             home = total.device
             total = total.to(self.device)
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
             total = total.to(home)
         return total if is_tensor else total.tolist()
 
@@ -46,7 +58,7 @@ class Collectives:
         if self.world_size == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return int(tensor)
 
     def gather_json(self, value: Any) -> list[Any]:
@@ -55,12 +67,12 @@ class Collectives:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(mine)], dtype=torch.int64, device=self.device))
+        dist.all_gather(sizes, torch.tensor([len(mine)], dtype=torch.int64, device=self.device), group=self.group)
         lengths = [int(size) for size in sizes]
         padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
         padded[: len(mine)] = mine
         parts = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self.group)
         return [json.loads(part[:n].cpu().numpy().tobytes()) for part, n in zip(parts, lengths)]
 
     def broadcast_json(self, value: Any) -> Any:
@@ -69,11 +81,11 @@ class Collectives:
             return value
         data = json.dumps(value).encode() if self.rank == 0 else b""
         size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
-        dist.broadcast(size, src=0)
+        dist.broadcast(size, src=0, group=self.group)
         buffer = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
         if self.rank == 0:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(buffer, src=0)
+        dist.broadcast(buffer, src=0, group=self.group)
         return json.loads(buffer.cpu().numpy().tobytes())
 
     def barrier(self, timeout: timedelta = TIMEOUT) -> None:
@@ -81,10 +93,12 @@ class Collectives:
         if self.world_size == 1:
             return
         try:
-            if dist.get_backend() == "gloo":
-                dist.monitored_barrier(timeout=timeout, wait_all_ranks=True)  # names the ranks that are missing
+            if dist.get_backend(self.group) == "gloo":
+                dist.monitored_barrier(
+                    self.group, timeout=timeout, wait_all_ranks=True
+                )  # names the ranks that are missing
             else:
-                dist.barrier()
+                dist.barrier(group=self.group)
         except RuntimeError as error:
             raise LLMRLError(
                 f"rank {self.rank} of {self.world_size} waited {timeout} at a barrier; another process died or hangs: {error}"
