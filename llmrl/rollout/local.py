@@ -32,10 +32,11 @@ _LOGITS = 2**26
 
 
 class _Row:
-    """One completion in the making. `slot` is the position of its newest token, which is where that token's keys go."""
+    """One completion in the making, of group number `group`. `slot` is the position of its newest token, which is where that token's
+    keys go."""
 
-    def __init__(self, prompt: Prompt, index: int, sampling: Sampling) -> None:
-        self.prompt, self.index = prompt, index
+    def __init__(self, prompt: Prompt, index: int, sampling: Sampling, group: int) -> None:
+        self.prompt, self.index, self.group = prompt, index, group
         self.uniforms = uniforms(sampling, prompt.id, index)
         self.slot = len(prompt.ids) - 1
         self.tokens: list[int] = []
@@ -79,6 +80,7 @@ class LocalEngine:
         self.autocast = autocast
         self.progress = progress
         self.version = 0
+        self.dtype: torch.dtype | None = None  # it samples with the trainer's own
         self.config: Any = self.module.model.config.get_text_config()  # type: ignore[operator, union-attr]
 
     def sync_weights(self, weights: PolicyWeights | None, version: int) -> SyncReport:
@@ -93,27 +95,36 @@ class LocalEngine:
     def verify(self) -> None:
         """Nothing to compare."""
 
+    def rest(self) -> None:
+        """Nothing is held between calls."""
+
     def close(self) -> None:
         """Nothing to let go of."""
 
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling, on_group: OnGroup | None = None
     ) -> list[list[Rollout]]:
-        """One group of `num_generations` rollouts a prompt, in the order of `prompts`.
+        """One group of `num_generations` rollouts a prompt, in the order of `prompts`. `on_group` is called between two tokens.
 
         The same prompt id, seed and step give the same completions, whatever else is sampled with them (up to rounding of the logits).
         Raises RolloutError for a prompt that is empty, too long or not of this vocabulary, and for logits that are not finite.
         """
         self._check(prompts, num_generations, sampling)
-        groups = [[_Row(p, i, sampling) for i in range(num_generations)] for p in prompts]
+        groups = [[_Row(p, i, sampling, number) for i in range(num_generations)] for number, p in enumerate(prompts)]
         jobs = self._jobs([row for group in groups for row in group], sampling.max_tokens)
+        unfinished = [num_generations] * len(groups)
+        rollouts: list[list[Rollout]] = [[] for _ in groups]
+
+        def finished(row: _Row) -> None:
+            unfinished[row.group] -= 1
+            if not unfinished[row.group]:
+                rollouts[row.group] = self._rollouts(groups[row.group])
+                if on_group is not None:
+                    on_group(row.group, rollouts[row.group])
+
         decoder = _PackedDecoder if self.module.packing == "packed" else _PlainDecoder
         with self._inference():
-            decoder(self, sampling).run(jobs)
-        rollouts = self._rollouts(groups)
-        if on_group is not None:
-            for i, group in enumerate(rollouts):
-                on_group(i, group)
+            decoder(self, sampling, finished).run(jobs)
         return rollouts
 
     def _check(self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling) -> None:
@@ -164,10 +175,11 @@ class LocalEngine:
             for module in training:
                 module.training = True
 
-    def _rollouts(self, groups: list[list[_Row]]) -> list[list[Rollout]]:
-        bodies = [r.tokens[:-1] if r.finish == "stop" else r.tokens for group in groups for r in group]
-        texts = iter(self.tokenizer.batch_decode(bodies, skip_special_tokens=True) if bodies else ())
-        return [[self._rollout(row, next(texts)) for row in group] for group in groups]
+    def _rollouts(self, rows: Sequence[_Row]) -> list[Rollout]:
+        """A finished group."""
+        bodies = [row.tokens[:-1] if row.finish == "stop" else row.tokens for row in rows]
+        texts = self.tokenizer.batch_decode(bodies, skip_special_tokens=True)
+        return [self._rollout(row, text) for row, text in zip(rows, texts, strict=True)]
 
     def _rollout(self, row: _Row, text: str) -> Rollout:
         assert row.finish is not None
@@ -176,10 +188,10 @@ class LocalEngine:
 
 
 class _Decoder:
-    """What both ways of decoding share: drawing the next tokens of some rows and writing them down."""
+    """What both ways of decoding share: drawing the next tokens of some rows and writing them down; `on_row` gets finished ones."""
 
-    def __init__(self, engine: LocalEngine, sampling: Sampling) -> None:
-        self.engine, self.module, self.sampling = engine, engine.module, sampling
+    def __init__(self, engine: LocalEngine, sampling: Sampling, on_row: Callable[[_Row], None]) -> None:
+        self.engine, self.module, self.sampling, self.on_row = engine, engine.module, sampling, on_row
         self.device = next(engine.module.parameters()).device
         self.tokens = self.finished = 0
 
@@ -214,7 +226,9 @@ class _Decoder:
             row.finish = "stop"
         elif len(row.tokens) == self.sampling.max_tokens:
             row.finish = "length"
-        self.finished += row.finish is not None
+        if row.finish is not None:
+            self.finished += 1
+            self.on_row(row)
 
 
 class _PackedDecoder(_Decoder):

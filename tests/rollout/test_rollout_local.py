@@ -340,3 +340,29 @@ def test_a_nan_left_in_memory_that_a_mask_hides_does_not_reach_a_row(monkeypatch
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(float("nan")))
     assert ids(engine(model).generate(prompts(), 3, Sampling(30))) == want
+
+
+@pytest.mark.parametrize("family", ["qwen2", "lfm2"])
+def test_a_group_is_handed_over_when_its_last_row_has_finished(family):
+    tokens, handed = [], []
+    local = engine(make(family), progress=lambda count, finished: tokens.append(count), max_batch_tokens=900)
+    groups = local.generate(
+        prompts(7), 3, Sampling(40, seed=5), on_group=lambda i, group: handed.append((i, group, sum(tokens[-1:])))
+    )
+    assert [i for i, _, _ in handed] != list(range(7)), "in the order of finishing"
+    assert all(groups[i] is group for i, group, _ in handed) and len(handed) == 7
+    assert handed[0][2] < tokens[-1] / 2, "while others still decode"
+
+
+def test_an_error_of_on_group_ends_the_generation():
+    model, seen = make("qwen2").train(), []
+
+    def refuse(i, group):
+        seen.append(i)
+        raise ValueError("stop")
+
+    local = engine(model)
+    with pytest.raises(ValueError, match="stop"):
+        local.generate(prompts(5), 2, Sampling(20), on_group=refuse)
+    assert len(seen) == 1 and all(m.training for m in model.modules())
+    assert len(local.generate(prompts(5), 2, Sampling(20))) == 5
