@@ -92,6 +92,13 @@ class Constant:
 
 
 @row_verifier
+def row_logs(completion, log_extra, log_metric, trainer_state, **columns):
+    log_extra("seen_by_row", [columns, trainer_state.global_step])
+    log_metric("row/length", len(completion))
+    return float(len(completion))
+
+
+@row_verifier
 def obeys(completion, *, bonus=0.0, **columns):
     """Does what the completion says: the hostile model answers of these tests."""
     verb, _, rest = completion.partition(" ")
