@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
+from llmrl.config.reward import RewardSpec
 from llmrl.data.sampler import Sampler
 from llmrl.errors import LLMRLError, RolloutError
 from llmrl.experience.batch import rollout_metrics
 from llmrl.experience.collect import Collector, Group, zero_truncated
+from llmrl.rewards import RewardRunner
 from llmrl.types import Completion, Prompt, Rollout, Sampling, ScoredRollout
 from tests.scorers import PlainScorer
 
@@ -113,6 +117,69 @@ def test_groups_without_signal_are_replaced():
     experience = collector(drop_zero_std=True, max_refills=20).collect(1)
     assert len(experience.groups) == 6 and all(g.informative for g in experience.groups)
     assert experience.metrics["groups/kept"] == 6 and experience.metrics["groups/dropped"] > 0
+
+
+class Streaming(KeyedEngine):
+    """Hands its groups over one by one, the last prompt's first."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def generate(self, prompts, num_generations, sampling, on_group=None):
+        groups = super().generate(prompts, num_generations, sampling)
+        for i in reversed(range(len(groups))):
+            on_group(i, groups[i])
+            self.calls.append("group")
+        return groups
+
+
+def even_rows(prompts, completions, n, log_metric, calls, **kwargs):
+    """What `Rule` gives; notes that it was called, and logs how many rows it got."""
+    calls.append("scored")
+    log_metric("rows", len(completions))
+    return [float(i % 3) if k % 2 == 0 else 1.0 for i, k in enumerate(n)]
+
+
+def test_rewards_of_a_step_with_their_counts_over_all_rounds():
+    calls = []
+    with RewardRunner([], reward_funcs=[partial(even_rows, calls=calls)]) as runner:
+        c = collector(engine=Streaming(calls), drop_zero_std=True, max_refills=20)
+        c.scorer = runner
+        first, second = c.collect(1), c.collect(2)
+        runner.score([r.rollout for g in second.groups for r in g.rollouts])  # somebody else's
+    alone = collector(drop_zero_std=True, max_refills=20).collect(1)
+    assert [[r.reward for r in g.rollouts] for g in first.groups] == [
+        [r.reward for r in g.rollouts] for g in alone.groups
+    ]
+    assert calls[:7] == ["group"] * 6 + ["scored"], "once a round, with all groups of it"
+    for experience in (first, second):
+        rounds, rows = experience.metrics["groups/rounds"], len(experience.sampled)
+        assert experience.reward_metrics["reward_outcomes/even_rows/score"] == rows
+        assert experience.reward_metrics["rows"] == pytest.approx(rows / rounds)
+
+
+def test_an_engine_s_failure_ends_the_scoring(tmp_path):
+    path = tmp_path / "slow.py"
+    path.write_text(
+        "import time\nfrom llmrl.rewards import row_verifier\n"
+        "@row_verifier\ndef slow(completion):\n    time.sleep(60 if completion == 'p3' else 0)\n    return 1.0\n"
+    )
+
+    class Broken(Streaming):
+        def generate(self, prompts, num_generations, sampling, on_group=None):
+            super().generate(prompts, num_generations, sampling, on_group)
+            raise RolloutError("the server is gone")
+
+    with RewardRunner([RewardSpec(function=f"{path}:slow")], workers=1) as runner:
+        c = collector(n=6, engine=Broken([]))
+        c.scorer = runner
+        begun = time.monotonic()
+        with pytest.raises(RolloutError, match="the server is gone"):
+            c.collect(1)
+        rollout = Rollout(Prompt("x", (1,), "x"), Completion((1,), (-1.0,), "stop", "p1"))
+        assert runner.score([rollout])[0].reward == 1.0
+        assert time.monotonic() - begun < 20
 
 
 def test_refilling_is_bounded():
