@@ -52,6 +52,9 @@ _OURS = {
 }
 """Arguments of vLLM that can't be the user's, and why."""
 
+_ROUNDING = 1e-3
+"""Log-probs may be positive by this much: the sums of softmax are rounded."""
+
 _active = False
 
 
@@ -173,6 +176,10 @@ class ColocatedEngine:
         if num_generations < 1 or sampling.max_tokens < 1:
             raise RolloutError(
                 f"num_generations={num_generations} and max_tokens={sampling.max_tokens}: both must be at least 1"
+            )
+        if 0 < sampling.temperature < 0.01:
+            raise RolloutError(
+                f"temperature {sampling.temperature}: vLLM raises it to 0.01, and log-probs would be of that. Use 0 (greedy) or 0.01"
             )
         for prompt in prompts:
             self._check_prompt(prompt, sampling)
@@ -339,13 +346,13 @@ class ColocatedEngine:
             fault = f"finish_reason is {answer.finish_reason!r}, with stop tokens at {stops} of {len(ids)} tokens"
         elif answer.finish_reason == "length" and len(ids) != sampling.max_tokens:
             fault = f"it was cut after {len(ids)} tokens, and not after {sampling.max_tokens}"
-        elif not all(-np.inf < logprob <= 1e-4 for logprob in logprobs):
+        elif not all(-np.inf < logprob <= _ROUNDING for logprob in logprobs):
             fault = f"its log-probs are not those of probabilities: the largest is {max(logprobs)}, the least {min(logprobs)}"
         if fault is not None:
             raise RolloutError(f"vLLM's completion {answer.index} of prompt {prompt.id!r} can't be trained on: {fault}")
         body = ids[:-1] if answer.finish_reason == "stop" else ids
         text = self.tokenizer.decode(body, skip_special_tokens=True)
-        return Completion(ids, logprobs, answer.finish_reason, text, self.version)
+        return Completion(ids, tuple(min(p, 0.0) for p in logprobs), answer.finish_reason, text, self.version)
 
 
 class _Sent:
