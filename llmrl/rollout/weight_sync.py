@@ -20,7 +20,7 @@ from safetensors import safe_open
 from llmrl.config.rollout import RolloutSettings
 from llmrl.errors import ConfigError, RolloutError, SyncError
 from llmrl.rollout.fingerprint import Fingerprint, fingerprint
-from llmrl.rollout.vllm_client import ServerError, ServerFault, VLLMServer
+from llmrl.rollout.vllm_client import ServerError, ServerFault, ServerGone, VLLMServer
 from llmrl.rollout.weight_files import BUCKET_BYTES, Shipment, WeightFiles
 from llmrl.rollout.weight_proof import Proof
 from llmrl.types import PolicyWeights, SyncReport
@@ -165,7 +165,10 @@ class DiskTransfer:
             before = server.weights()
         try:
             self._load(server, shipment)
-        except ServerFault as error:
+        except (ServerFault, ServerGone) as error:
+            # The connection that failed may be closed under the first request that uses it next, so it is asked twice.
+            if not (server.is_up() or server.is_up()):
+                raise
             logger.warning("%s. Sending all of weights %s again", error, shipment.label)
             try:
                 self._load(server, shipment)

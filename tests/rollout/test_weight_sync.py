@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -176,7 +175,6 @@ def test_buckets_and_memory_are_bounded(tmp_path, monkeypatch):
         for i, size in enumerate(sizes):
             tensor = torch.full((size,), float(i))
             alive.append(weakref.ref(tensor))
-            gc.collect()
             peak = max(peak, sum(t().nbytes for t in alive if t() is not None))
             yield f"w{i}", tensor
             del tensor
@@ -205,9 +203,9 @@ def test_one_version_is_kept_and_the_directory_is_private(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("end", ["exit", "raise", "kill"])
+@pytest.mark.parametrize("end", ["exit", "kill"])
 def test_directories_of_ended_runs_go(tmp_path, end):
-    ends = {"exit": "", "raise": "raise ValueError", "kill": f"import os; os.kill(os.getpid(), {signal.SIGKILL})"}
+    ends = {"exit": "", "kill": f"import os; os.kill(os.getpid(), {signal.SIGKILL})"}
     code = (
         "import sys, torch; from pathlib import Path; from llmrl.rollout.weight_files import WeightFiles\n"
         "WeightFiles(Path(sys.argv[1]), 'other').write([('w', torch.ones(3))], 'other:1', torch.float32)\n" + ends[end]
