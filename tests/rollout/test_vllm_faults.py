@@ -7,13 +7,15 @@ import threading
 import time
 
 import pytest
+import torch
 
 from llmrl.errors import ConfigError, RolloutError, SyncError
+from llmrl.models.weights import ModelWeights
 from llmrl.rollout import vllm_fleet
 from llmrl.rollout.vllm_client import ServerRefused
 from llmrl.types import Sampling
 from tests.rollout.fake_vllm import GENERATE, FakeVLLM
-from tests.rollout.test_vllm_engine import PROMPTS, PlainWeights, engine_of, same
+from tests.rollout.test_vllm_engine import PROMPTS, PlainWeights, engine_of, logprobs_of, same
 
 SAMPLING = Sampling(6, seed=1)
 
@@ -266,3 +268,31 @@ def test_a_probe_leaves_out_a_server_that_fails(fakes, tiny_tokenizer, tmp_path)
         fakes[0].kill()
         assert len(engine.probe((5, 6, 7), SAMPLING)) == 1
         assert engine.pop_metrics()["rollout/servers_up"] == 1
+
+
+def test_adapters_are_asked_for_by_name_and_sent_again_to_a_server_that_restarted(
+    fake, tiny_model_dir, tiny_tokenizer, tmp_path
+):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir).float()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)).eval()
+    with engine_of([fake], tiny_tokenizer, tmp_path) as engine:
+        engine.sync_weights(ModelWeights(model), 1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.mul_(-2)
+        engine.sync_weights(ModelWeights(model), 2)
+        before = collect(engine)
+        engine.verify()
+        fake.restart()
+        same(before, collect(engine))
+        names = {b["model"] for r, b in fake.requests if r == GENERATE}
+    assert names == {f"{engine.run_id}:2"}
+    for prompt, group in zip(PROMPTS, before):
+        for r in group:
+            assert r.completion.version == 2
+            expected = logprobs_of(model, prompt, r.completion, 1.0)
+            torch.testing.assert_close(torch.tensor(r.completion.sampled_logprobs), expected, atol=1e-5, rtol=0)
