@@ -22,6 +22,7 @@ from llmrl.errors import DivergenceError
 from llmrl.experience.collect import Group
 from llmrl.types import Completion, Prompt, Rollout, ScoredRollout
 from tests.algorithms.test_learning import count_letters, history
+from tests.scorers import PlainScorer
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCKS = {"step_time", "tokens_per_second"}
@@ -160,8 +161,12 @@ def test_a_sampler_with_other_weights_stops_the_run(tiny_model_dir, tmp_path):
 
 
 def test_a_step_without_a_pair_makes_no_update(tiny_model_dir, tmp_path, caplog):
+    class Same(PlainScorer):
+        def score(self, rollouts, trainer_state=None):
+            return [ScoredRollout(r, 1.0, {}) for r in rollouts]
+
     trainer = online_trainer(tiny_model_dir, tmp_path, max_steps=2, max_refills=0)
-    trainer.rollouts.rewards.score = lambda rollouts, state=None: [ScoredRollout(r, 1.0, {}) for r in rollouts]
+    trainer.rollouts.collector.scorer = Same()
     weights = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters()))
