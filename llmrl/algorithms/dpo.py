@@ -7,7 +7,8 @@
 
 or another of the losses in `functional/preference.py`. P counts the pairs of the update over all processes. Online it is OAIF's loop
 (Guo et al. 2024, arXiv 2402.04792). Log-probs in the loss are at temperature 1, whatever the sampler's: the objective is about the
-policy itself, and does not need pairs that were sampled from it.
+policy itself, and does not need pairs that were sampled from it. So rollouts of older weights (`max_staleness`) need no importance
+weights; of the online methods DPO bears them best (Noukhovitch et al. 2024, arXiv 2410.18252).
 """
 
 from __future__ import annotations
@@ -229,7 +230,8 @@ class DPOTrainer(Trainer):
         assert self.rollouts is not None
         metrics = self.rollouts.metrics(experience)
         found = {g.index: pair for g in experience.groups if (pair := best_and_worst(g)) is not None}
-        examples = {index: _pair_examples(*pair, unit=index) for index, pair in found.items()}
+        now = experience.step - 1 if self.config.rollout.max_staleness else None
+        examples = {index: _pair_examples(*pair, unit=index, version=now) for index, pair in found.items()}
         everyone = sorted(index for part in self.backend.gather_json(list(found)) for index in part)
         if not everyone and self.backend.is_main:
             logger.warning(
@@ -254,10 +256,17 @@ class DPOTrainer(Trainer):
         )
         gaps = [np.abs(e.payload["logprobs"] - e.payload["sampled_logprobs"])[e.loss_mask] for e in scored]
         flat = np.concatenate([np.zeros(0), *gaps])
-        parts = self.backend.gather_json([float(flat.sum()), len(flat), float(flat.max(initial=0.0))])
-        sums, counts, maxima = zip(*parts)
-        name = "sampling/sampling_logp_difference"
-        return {f"{name}/mean": sum(sums) / max(sum(counts), 1), f"{name}/max": max(maxima)}
+        fresh = np.concatenate([np.zeros(0), *(gap for e, gap in zip(scored, gaps) if e.scalars.get("fresh"))])
+        local = [float(flat.sum()), len(flat), float(flat.max(initial=0.0)), float(fresh.sum()), len(fresh)]
+        sums, counts, maxima, fresh_sums, fresh_counts = zip(*self.backend.gather_json(local))
+        name = "logp_difference"
+        metrics = {
+            f"sampling/sampling_{name}/mean": sum(sums) / max(sum(counts), 1),
+            f"sampling/sampling_{name}/max": max(maxima),
+        }
+        if sum(fresh_counts):
+            metrics[f"sampling/fresh_{name}/mean"] = sum(fresh_sums) / sum(fresh_counts)
+        return metrics
 
     # the reference
 
@@ -357,9 +366,11 @@ def best_and_worst(group: Group) -> tuple[ScoredRollout, ScoredRollout] | None:
     return None if best.reward == worst.reward or same else (best, worst)
 
 
-def _pair_examples(chosen: ScoredRollout, rejected: ScoredRollout, unit: int) -> tuple[Example, Example]:
-    """Both sides with the payload `sampled_logprobs`; the prompt is chosen's."""
-    return to_example(chosen, unit), to_example(rejected, unit, shares=True)
+def _pair_examples(
+    chosen: ScoredRollout, rejected: ScoredRollout, unit: int, version: int | None = None
+) -> tuple[Example, Example]:
+    """Both sides with the payload `sampled_logprobs`; the prompt is chosen's. For `version` see `to_examples`."""
+    return to_example(chosen, unit, version=version), to_example(rejected, unit, shares=True, version=version)
 
 
 def _checked(examples: list[Example]) -> list[Example]:

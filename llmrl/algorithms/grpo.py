@@ -33,8 +33,9 @@ from llmrl.experience.batch import (
     with_payload,
 )
 from llmrl.experience.collect import Experience
+from llmrl.experience.offpolicy import SampleSizeWatch, fresh_tokens
 from llmrl.functional.advantages import RunningMean
-from llmrl.functional.importance import importance_weights, sampling_stats
+from llmrl.functional.importance import importance_weights, sampling_stats, sampling_summary
 from llmrl.functional.masks import top_entropy_threshold
 from llmrl.functional.objective import ObjectiveSettings, policy_objective
 from llmrl.models.forward import PolicyModule
@@ -71,6 +72,7 @@ class GRPOTrainer(Trainer):
             settings["beta"] = 0.0
         self.objective = ObjectiveSettings(**settings)
         self.rollouts = Rollouts(config, reward_funcs)
+        self.sample_size = SampleSizeWatch(uncorrected=config.uncorrected)
         super().__init__(config, model=model, tokenizer=tokenizer, callbacks=callbacks)
         steps = self.rollouts.read(self, train_dataset, eval_dataset)
         self.reference = Reference(self.model, self.backend.device, config) if config.beta > 0 else None
@@ -131,11 +133,16 @@ class GRPOTrainer(Trainer):
         updates = [self._optimize(*part) for _ in range(config.num_iterations) for part in prepared]
         metrics |= merge_update_metrics(updates)
         self.rollouts.check_gap(metrics)
+        if self.backend.is_main:
+            self.sample_size(experience.step, metrics)
         return metrics
 
     @property
     def _on_policy(self) -> bool:
-        """One update a step: the policy that sampled is the policy that is updated, so old log-probs are the current ones."""
+        """One update a step: the policy before it is the one that is updated, so old log-probs are the current ones.
+
+        Of stale rollouts too: the ratio is to the policy before the step's updates, whoever sampled; `functional/importance.py`.
+        """
         return self.config.updates_per_step * self.config.num_iterations == 1
 
     def _count(self, rollouts: Sequence[Any]) -> tuple[int, int]:
@@ -203,7 +210,7 @@ class GRPOTrainer(Trainer):
         stats = self.backend.update(batches, loss, lambda: [empty_example(names)])
         if not loss_tokens:
             return {}
-        return {**stats.sums, "grad_norm": stats.grad_norm, "learning_rate": stats.learning_rate}
+        return {**sampling_summary(stats.sums), "grad_norm": stats.grad_norm, "learning_rate": stats.learning_rate}
 
     def _loss(
         self, module: Any, batch: PackedBatch, token_share: float
@@ -213,8 +220,9 @@ class GRPOTrainer(Trainer):
         logprobs, sampled = out.logprobs, batch.select("sampled_logprobs")
         old = logprobs.detach() if self._on_policy else batch.select("old_logprobs")
         advantages = batch.select("advantages")
-        if config.importance_correction == "token_truncate":
-            advantages = advantages * importance_weights(old, sampled, cap=config.importance_cap)
+        cap = config.importance_cap if config.importance_correction == "token_truncate" else None
+        if cap is not None:
+            advantages = advantages * importance_weights(old, sampled, cap=cap)
         loss, stats = policy_objective(
             logprobs,
             entropy=out.entropy,
@@ -227,5 +235,6 @@ class GRPOTrainer(Trainer):
             token_share=token_share,
             settings=self.objective,
         )
-        stats |= sampling_stats(old, sampled, batch.select("weights"), token_share)
+        fresh = fresh_tokens(batch)
+        stats |= sampling_stats(old, sampled, batch.select("weights"), token_share, cap=cap, fresh=fresh)
         return loss, {"loss": loss.detach(), **stats}

@@ -39,9 +39,10 @@ from llmrl.experience.batch import (
     with_payload,
 )
 from llmrl.experience.collect import Experience
+from llmrl.experience.offpolicy import SampleSizeWatch, fresh_tokens
 from llmrl.functional.controllers import make_controller
 from llmrl.functional.gae import explained_variance, gae, token_rewards, value_loss, whiten
-from llmrl.functional.importance import importance_weights, sampling_stats
+from llmrl.functional.importance import importance_weights, sampling_stats, sampling_summary
 from llmrl.functional.kl import kl_estimate
 from llmrl.functional.objective import ObjectiveSettings, policy_objective
 from llmrl.models.forward import PolicyModule
@@ -89,6 +90,7 @@ class PPOTrainer(Trainer):
             )
             self._critic_rate = config.critic_learning_rate / config.learning_rate
         self.rollouts = Rollouts(config, reward_funcs)
+        self.sample_size = SampleSizeWatch(uncorrected=config.uncorrected)
         super().__init__(config, model=model, tokenizer=tokenizer, callbacks=callbacks)
         steps = self.rollouts.read(self, train_dataset, eval_dataset)
         if config.critic_warmup_steps >= steps and self.backend.is_main:
@@ -152,6 +154,8 @@ class PPOTrainer(Trainer):
         if not self._warming_up:  # a policy that stays as it is would send beta to 0
             self.controller.update(metrics.get("kl", math.nan))
         self.rollouts.check_gap(metrics)
+        if self.backend.is_main:
+            self.sample_size(experience.step, metrics)
         return metrics
 
     def _score_before(self, examples: list[Example]) -> list[Example]:
@@ -240,14 +244,15 @@ class PPOTrainer(Trainer):
         stats = self.backend.update(batches, loss, lambda: [empty_example(names)], lr_scales=scales)
         if not loss_tokens:
             return {}
-        return {**stats.sums, "grad_norm": stats.grad_norm, "learning_rate": stats.learning_rate}
+        return {**sampling_summary(stats.sums), "grad_norm": stats.grad_norm, "learning_rate": stats.learning_rate}
 
     def _loss(self, module: Any, batch: PackedBatch, token_share: float) -> tuple[Tensor, dict[str, Tensor]]:
         config, weights = self.config, batch.select("weights")
         out = module(batch, temperature=config.temperature, entropy=True, values=True)
         old, sampled, advantages = (batch.select(n) for n in ("old_logprobs", "sampled_logprobs", "advantages"))
-        if config.importance_correction == "token_truncate":
-            advantages = advantages * importance_weights(old, sampled, cap=config.importance_cap)
+        cap = config.importance_cap if config.importance_correction == "token_truncate" else None
+        if cap is not None:
+            advantages = advantages * importance_weights(old, sampled, cap=cap)
         in_loss = config.kl_place == "loss"
         policy_loss, stats = policy_objective(
             out.logprobs,
@@ -272,7 +277,7 @@ class PPOTrainer(Trainer):
             token_share=token_share,
         )
         loss = policy_loss + config.vf_coef * vf_loss
-        stats |= vf_stats | sampling_stats(old, sampled, weights, token_share)
+        stats |= vf_stats | sampling_stats(old, sampled, weights, token_share, cap=cap, fresh=fresh_tokens(batch))
         return loss, {
             "loss": loss.detach(),
             "policy/loss": policy_loss.detach(),

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from llmrl.config.base import Recipe
 from llmrl.config.data import DataFields
+from llmrl.config.importance import ImportanceFields
 from llmrl.config.model import ModelFields
 from llmrl.config.presets import GRPO_PRESETS
 from llmrl.config.reward import RewardFields
@@ -17,7 +18,9 @@ from llmrl.config.train import TrainFields
 _GRPO = GRPO_PRESETS["grpo"]
 
 
-class GRPOConfig(Recipe, ModelFields, DataFields, RewardFields, RolloutFields, SamplingFields, TrainFields):
+class GRPOConfig(
+    Recipe, ModelFields, DataFields, RewardFields, RolloutFields, ImportanceFields, SamplingFields, TrainFields
+):
     """KL-regularised group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) and its critic-free relatives."""
 
     kind: ClassVar[str] = "grpo"
@@ -82,11 +85,6 @@ class GRPOConfig(Recipe, ModelFields, DataFields, RewardFields, RolloutFields, S
     )
     use_bias_correction_kl: bool = Field(False, description="multiply the KL term by the ratio (TRL's default)")
     max_refills: int = Field(4, ge=0, description="extra sampling rounds when group_filter dropped groups")
-    importance_correction: Literal["none", "token_truncate"] = Field(
-        "none",
-        description="weight by min(old / sampled, cap) a token, for engines whose log-probs differ from the trainer's",
-    )
-    importance_cap: float = Field(2.0, gt=0, description="cap of importance_correction")
 
     @model_validator(mode="before")
     @classmethod

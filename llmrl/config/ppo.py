@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from llmrl.config.base import Recipe
 from llmrl.config.data import DataFields
+from llmrl.config.importance import ImportanceFields
 from llmrl.config.model import ModelFields
 from llmrl.config.presets import PPO_PRESETS
 from llmrl.config.reward import RewardFields
@@ -17,7 +18,9 @@ from llmrl.config.train import TrainFields
 _PPO = PPO_PRESETS["ppo"]
 
 
-class PPOConfig(Recipe, ModelFields, DataFields, RewardFields, RolloutFields, SamplingFields, TrainFields):
+class PPOConfig(
+    Recipe, ModelFields, DataFields, RewardFields, RolloutFields, ImportanceFields, SamplingFields, TrainFields
+):
     """Proximal policy optimisation with a critic (Schulman et al. 2017, arXiv 1707.06347; for language models, arXiv 2203.02155)."""
 
     kind: ClassVar[str] = "ppo"
@@ -96,11 +99,6 @@ class PPOConfig(Recipe, ModelFields, DataFields, RewardFields, RolloutFields, Sa
         None, gt=0, description="a step's further updates are skipped when mean(old - new log-prob) exceeds this"
     )
     entropy_coef: float = Field(0.0, description="weight of the entropy bonus")
-    importance_correction: Literal["none", "token_truncate"] = Field(
-        "none",
-        description="weight by min(old / sampled, cap) a token, for engines whose log-probs differ from the trainer's",
-    )
-    importance_cap: float = Field(2.0, gt=0, description="cap of importance_correction")
 
     @model_validator(mode="before")
     @classmethod

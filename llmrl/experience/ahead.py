@@ -67,7 +67,7 @@ class Ahead:
     def take(self, step: int) -> tuple[Experience, dict[str, Any]]:
         """The experience of `step`, the one after the last taken, and the cursor behind its prompts. Waits until it is made.
 
-        Its metrics say how many seconds it was waited for (`time/rollouts_wait`) and how many it took (`time/rollouts`). What
+        Its metrics say how many seconds it was waited for (`time/rollouts`) and how many it took (`time/rollouts_making`). What
         the thread raised in making this step is raised here, the same object; steps that were made before it are still given.
         """
         began = time.monotonic()
@@ -84,7 +84,7 @@ class Ahead:
                 raise self._error
             experience, cursor = self._made.popleft()
             self._next += 1
-        waited = {"time/rollouts_wait": time.monotonic() - began}
+        waited = {"time/rollouts": time.monotonic() - began}
         return replace(experience, metrics={**experience.metrics, **waited}), cursor
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class Ahead:
                 self._begin(step)
                 began = time.monotonic()
                 experience = self.collect(step)
-                seconds = {"time/rollouts": time.monotonic() - began}
+                seconds = {"time/rollouts_making": time.monotonic() - began}
                 made = replace(experience, metrics={**experience.metrics, **seconds}), self.cursor()
                 with self._changed:
                     self._made.append(made)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from llmrl.experience.collect import Experience, Gather
+from llmrl.experience.offpolicy import is_fresh
 from llmrl.functional.advantages import RunningMean, group_advantages
 from llmrl.functional.aggregate import token_weights
 from llmrl.functional.masks import GlobalSum
@@ -52,12 +53,15 @@ def compute_advantages(
     return [a for group in experience.groups for a in by_group[group.index]]
 
 
-def to_examples(experience: Experience, *, unit_tokens: int, mask_truncated: bool = False) -> list[Example]:
+def to_examples(
+    experience: Experience, *, unit_tokens: int, mask_truncated: bool = False, version: int | None = None
+) -> list[Example]:
     """One example a rollout, in order, with the payload `sampled_logprobs`; the loss sees completion tokens only.
 
     Completions of a group share their prompt (`Example.prefix`), which is then computed once for all of them; a group is divided so
     that no unit has more than `unit_tokens` tokens (0: no completion shares). With `mask_truncated`, a completion that the token limit
-    cut has no token in the loss, and counts in no denominator (DAPO's overlong filtering, arXiv 2503.14476).
+    cut has no token in the loss, and counts in no denominator (DAPO's overlong filtering, arXiv 2503.14476). Given the `version` of the
+    weights of now, the scalar `fresh` is 1 for completions that it sampled and 0 for staler ones.
     """
     out: list[Example] = []
     unit, used = -1, 0
@@ -69,12 +73,14 @@ def to_examples(experience: Experience, *, unit_tokens: int, mask_truncated: boo
             if not shares:
                 unit, used = unit + 1, len(scored.rollout.prompt.ids)
             used += size
-            out.append(to_example(scored, unit, shares=shares, mask_truncated=mask_truncated))
+            out.append(to_example(scored, unit, shares=shares, mask_truncated=mask_truncated, version=version))
     return out
 
 
-def to_example(scored: ScoredRollout, unit: int, *, shares: bool = False, mask_truncated: bool = False) -> Example:
-    """Prompt and completion end to end, or the completion alone behind its unit's prompt."""
+def to_example(
+    scored: ScoredRollout, unit: int, *, shares: bool = False, mask_truncated: bool = False, version: int | None = None
+) -> Example:
+    """Prompt and completion end to end, or the completion alone behind its unit's prompt; see `to_examples`."""
     prompt, completion = scored.rollout.prompt.ids, scored.rollout.completion
     own = () if shares else prompt
     n, length = len(own), len(own) + len(completion.ids)
@@ -89,6 +95,7 @@ def to_example(scored: ScoredRollout, unit: int, *, shares: bool = False, mask_t
         payload={"sampled_logprobs": sampled},
         id=f"{scored.rollout.prompt.id}/{scored.rollout.index}",
         prefix=len(prompt) if shares else 0,
+        scalars={} if version is None else {"fresh": float(is_fresh(completion, version))},
     )
 
 
@@ -208,12 +215,12 @@ def merge_reward_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, floa
 def merge_update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The statistics of a step's updates as one: means, but the least of "*/min", the greatest of "*/max", the last rate.
 
-    Updates that were not made (nothing was left in their loss) are empty and don't count; a step without any has loss 0.
+    Updates that were not made (nothing was left in their loss) are empty and don't count; a step without any has loss 0. A number that
+    only some updates have is one of those.
     """
-    made = [update for update in updates if update]
     merged = {"loss": 0.0}
-    for name in made[0] if made else ():
-        values = [update[name] for update in made]
+    for name in dict.fromkeys(name for update in updates for name in update):
+        values = [update[name] for update in updates if name in update]
         kind = "last" if name == "learning_rate" else name.rpartition("/")[2]
         merged[name] = {"last": values[-1], "min": min(values), "max": max(values)}.get(kind, sum(values) / len(values))
     return merged
