@@ -80,7 +80,7 @@ class VLLMServerEngine:
         self._fleet = self._together(lambda: self._open(model, world_size, progress))
         described = self._fleet.descriptions
         self.max_model_len = min(int(d["max_model_len"]) for d in described.values())
-        self.dtype: torch.dtype | None = getattr(torch, str(next(iter(described.values()))["dtype"]), None)
+        self.dtype: torch.dtype | None = getattr(torch, str(described[self._fleet.members[0].url]["dtype"]), None)
 
     def _open(self, model: Mapping[str, Any], world_size: int, progress: Callable[[str], None]) -> Fleet:
         settings = self.settings
@@ -226,7 +226,12 @@ class VLLMServerEngine:
         fleet, sender = self._fleet, self.rank == 0
         label = f"{self.run_id}:{version}"
         if self._transfer is None:
-            described = next(iter(fleet.descriptions.values()))
+            # The same on every process, whichever server it met first; adapters only where all servers take them.
+            described = fleet.descriptions[fleet.members[0].url]
+            described = {
+                **described,
+                "max_lora_rank": min(d.get("max_lora_rank") or 0 for d in fleet.descriptions.values()),
+            }
             servers = [m.server for m in fleet.members]
             self._transfer = self._together(
                 lambda: make_transfer(

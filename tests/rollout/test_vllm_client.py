@@ -63,8 +63,8 @@ def test_a_timeout_is_gone_and_ends_the_request_on_the_server(fake, server):
     start = time.monotonic()
     with pytest.raises(ServerGone, match=r"no answer in 0\.2 s"):
         server.generate(request(), 0.2)
-    assert time.monotonic() - start < 2
-    deadline = time.monotonic() + 2
+    assert time.monotonic() - start < 20
+    deadline = time.monotonic() + 20
     while not fake.aborted and time.monotonic() < deadline:
         time.sleep(0.01)
     assert fake.aborted == 1
