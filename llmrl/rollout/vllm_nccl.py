@@ -113,8 +113,9 @@ class NcclTransfer:
     """The whole model by NCCL broadcast, one server after another.
 
     Each server has a communicator of its own, so that one that dies does not hang the others. The price is a pass over the weights a
-    server: with n servers a sharded model is gathered n times a sync, and a sync takes n times as long. `address` is that of this
-    machine as the servers reach it (default: its host name); a free port is taken for each server.
+    server: with n servers a sharded model is gathered n times a sync, and a sync takes n times as long. `passes` is that n, the same on
+    every process, those that don't send included; a pass is made for servers that are down, too. `address` is that of this machine as
+    the servers reach it (default: its host name); a free port is taken for each server.
     """
 
     adapter: str | None = None
@@ -124,6 +125,7 @@ class NcclTransfer:
         dtype: torch.dtype,
         address: str | None = None,
         *,
+        passes: int = 1,
         engine_class: Any = NCCLTrainerWeightTransferEngine,
         device: torch.device | str | None = None,
     ) -> None:
@@ -133,7 +135,7 @@ class NcclTransfer:
             )
         self._device = torch.device(device or f"cuda:{torch.cuda.current_device()}")
         self._address = address or socket.gethostname()
-        self._engine_class = engine_class
+        self._engine_class, self._passes = engine_class, passes
         self._source = PolicySource(dtype, self._device)
         self._channels: dict[str, tuple[Any, SyncClient]] = {}
         self.proof = Proof()
@@ -144,25 +146,32 @@ class NcclTransfer:
         """See `Transfer.send`. A server whose update fails is not tried again before the next sync."""
         started = time.perf_counter()
         self._source.weights = weights
-        metadata = self._source.metadata()
+        self._source.metadata()
         if not sender:
-            for _ in servers:
+            for _ in range(self._passes):
                 for _ in weights:
                     pass
             return SyncReport(version), []
-        self.proof.check_shapes(version_label, {m.name: m.shape for m in metadata})
         failures: list[tuple[VLLMServer, ServerError]] = []
-        content = Fingerprint()
+        content, wrong = Fingerprint(), None
         for server in servers:
             self._source.begin()
             try:
-                self._update(server, version_label)
-                content = self._source.sent
+                if wrong is None:
+                    self._update(server, version_label)
+                    content = self._source.sent
             except ServerError as error:
                 self._drop(server)
                 failures.append((server, error))
+            except SyncError as error:  # raised once the other processes have made all their passes
+                wrong = error
             finally:
                 self._source.drain()
+        for _ in range(self._passes - len(servers)):
+            self._source.begin()
+            self._source.drain()
+        if wrong is not None:
+            raise wrong
         seconds = time.perf_counter() - started
         return SyncReport(version, content.count, content.bytes, content.hex, seconds), failures
 

@@ -324,7 +324,7 @@ def make_transfer(
             logger.info(
                 "LoRA over nccl: the merged weights are sent whole at each sync; `transfer: disk` sends the adapter alone"
             )
-        return NcclTransfer(dtype, settings.nccl_address)
+        return NcclTransfer(dtype, settings.nccl_address, passes=len(servers))
     files = WeightFiles(_parent(settings, servers, output_dir), run_id)
     base = DiskTransfer(files, dtype)
     if rank is not None and rank <= most:

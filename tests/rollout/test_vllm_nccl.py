@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import ClassVar
 
 import pytest
@@ -71,7 +72,7 @@ def half(tmp_path):
 def transfer(half):
     from llmrl.rollout.vllm_nccl import NcclTransfer
 
-    transfer = NcclTransfer(torch.float32, "trainer", engine_class=half, device="cpu")
+    transfer = NcclTransfer(torch.float32, "trainer", engine_class=half, device="cpu", passes=2)
     yield transfer
     transfer.close()
 
@@ -116,9 +117,22 @@ def test_servers_get_the_weights_one_after_another(fakes, servers, transfer, hal
 def test_other_processes_make_as_many_passes(servers, transfer, half, model):
     weights = Stream(dict(ModelWeights(model)))
     for passes in (3, 5):
-        transfer.send(weights, "run:1", 1, servers, sender=False)
+        transfer.send(weights, "run:1", 1, [], sender=False)
         assert weights.passes == passes
     assert half.made == []
+
+
+@pytest.mark.parametrize("up", [0, 1])
+def test_passes_do_not_depend_on_what_goes_wrong(fakes, servers, transfer, model, up):
+    weights = Stream(dict(ModelWeights(model)))
+    send(transfer, weights, 1, servers[:up])
+    assert weights.passes == 3, "the metadata's, and one for each server, up or not"
+    train(model)
+    weights = Stream(dict(ModelWeights(model)))
+    fakes[0].weight_fault = "lose_tensor"
+    with pytest.raises(SyncError) if up else nullcontext():
+        send(transfer, weights, 2, servers[:up] or servers[1:])
+    assert weights.passes == 2
 
 
 def test_the_source_says_what_it_gives(model):
