@@ -54,8 +54,15 @@ def set_default_group(group: Any) -> None:
         _update_default_pg(group)
 
 
-_PATCHED = ((torch, "set_num_threads"), (torch.accelerator, "synchronize"), (torch.accelerator, "empty_cache"))
-"""What vLLM's CPU worker replaces by functions that do nothing."""
+_PATCHED: tuple[tuple[Any, str], ...] = (
+    (torch, "set_num_threads"),
+    (torch, "Event"),
+    (torch.Tensor, "pin_memory"),
+    (torch.Tensor, "record_stream"),
+    *((torch.cuda, name) for name in ("Event", "Stream", "set_stream", "current_stream", "stream")),
+    *((torch.accelerator, name) for name in ("synchronize", "empty_cache", "get_memory_info")),
+)
+"""What vLLM's CPU worker replaces, mostly by what does nothing (`vllm.v1.worker.cpu.shm`, `cpu_worker`, `cpu_model_runner`)."""
 _set_num_threads = torch.set_num_threads
 
 

@@ -50,7 +50,22 @@ def process_state() -> dict:
         "numpy": hash((numpy_state[1].tobytes(), *numpy_state[2:])),
         "python": hash(random.getstate()),
         "threads": torch.get_num_threads(),
-        "functions": [id(torch.set_num_threads), id(torch.accelerator.synchronize), id(torch.accelerator.empty_cache)],
+        "functions": {
+            f"{owner.__name__}.{name}": str(getattr(owner, name))
+            for owner in (
+                torch,
+                torch.Tensor,
+                torch.cuda,
+                torch.accelerator,
+                torch.nn.functional,
+                dist,
+                gc,
+                random,
+                signal,
+            )
+            for name in dir(owner)
+            if callable(getattr(owner, name, None)) and not isinstance(getattr(owner, name), type(torch))
+        },
         "group": dist.is_initialized(),
         "environment": hash(tuple(sorted(os.environ.items()))),
         "signals": [str(signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)],
@@ -159,7 +174,10 @@ def alone(directory: Path) -> dict:
 
     def note(name: str) -> None:
         after = process_state()
-        seen[f"changed {name}"] = {k: [before[k], after[k]] for k in before if before[k] != after[k]}
+        functions = before["functions"], after.pop("functions")
+        seen[f"changed {name}"] = {k: [before[k], after[k]] for k in after if before[k] != after[k]} | {
+            k: [was, functions[1].get(k)] for k, was in functions[0].items() if functions[1].get(k) != was
+        }
 
     engine = make_engine(directory, tokenizer, settings())
     note("by the start")
