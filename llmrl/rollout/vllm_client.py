@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,9 @@ class VLLMServer:
             )
         if response.status_code != 200:
             text = _excerpt(response.content)
+            if response.status_code >= 500:
+                # vLLM closes the connection after an error of its own; the next call must see that before it uses it again.
+                time.sleep(0.1)
             raise ServerFault(self.url, f"{path} answered HTTP {response.status_code}: {text}", response.status_code)
         return response.content
 
