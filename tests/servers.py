@@ -50,6 +50,7 @@ class RunningServer:
             "LLMRL_SERVER_TOKEN": self.token,
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or each server ties itself to the first core
         }
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
