@@ -230,11 +230,17 @@ OnGroup = Callable[[int, "list[Rollout]"], None]
 
 
 class RolloutEngine(Protocol):
-    """Samples completions. `version` is the weight version that it samples with; `dtype` the number type of its own copy of the
-    weights, None without one."""
+    """Samples completions."""
 
-    version: int
-    dtype: torch.dtype | None
+    @property
+    def version(self) -> int:
+        """The weight version that it samples with."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The number type of its own copy of the weights, None without one."""
+        ...
 
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling, on_group: OnGroup | None = None

@@ -17,6 +17,7 @@ from llmrl.evaluation.runner import evaluate
 from llmrl.experience.ahead import Ahead
 from llmrl.experience.batch import merge_reward_metrics, rollout_metrics, to_examples
 from llmrl.experience.collect import Collector, Experience
+from llmrl.experience.offpolicy import staleness_metrics
 from llmrl.models.forward import PolicyModule
 from llmrl.models.load import disable_dropout
 from llmrl.rewards.runner import RewardRunner
@@ -82,13 +83,13 @@ class Rollouts:
         longest = max(len(p.ids) for p in [*self.prompts, *self.eval_prompts]) + config.max_completion_length
         self.engine = make_engine(trainer, policy, longest)
         self.weights = trainer.backend.policy_weights()
-        self.gap_bound = gap_bound(config, trainer.model, getattr(self.engine, "dtype", None))
+        self.gap_bound = gap_bound(config, trainer.model, self.engine.dtype)
         self.canary = Canary(trainer, self.engine, longest, self.gap_bound)
         self._synced: int | None = None
         self._ahead: Ahead | None = None
         self._engine_metrics: dict[str, float] = {}
         # A thread that makes rollouts ahead must not share a process group with the trainer's own collectives.
-        channel = trainer.backend.second_channel() if config.rollout.max_staleness else trainer.backend
+        self._channel = trainer.backend.second_channel() if config.rollout.max_staleness else trainer.backend
         self.collector = Collector(
             self.prompts,
             self.sampler,
@@ -104,7 +105,7 @@ class Rollouts:
             zero_reward_if_truncated=truncated == "zero_reward",
             rank=trainer.backend.rank,
             world_size=trainer.backend.world_size,
-            gather=channel.gather_json,
+            gather=self._channel.gather_json,
         )
 
     def __enter__(self) -> Rollouts:
@@ -116,8 +117,10 @@ class Rollouts:
     def close(self) -> None:
         """Ends the engine and the reward workers; may be called twice."""
         if self._ahead is not None:
+            self._ahead.closing.set()
+        self.engine.close()  # ends the requests that the thread waits for
+        if self._ahead is not None:
             self._ahead.close()
-        self.engine.close()
         self.rewards.close()
 
     @property
@@ -174,14 +177,14 @@ class Rollouts:
                 first_step=step,
                 last_step=self.trainer.run.total_steps,
                 cursor=self.sampler.state_dict,
+                gather=self._channel.gather_json,
             )
         self._ahead.allow(step - 1)
         return self._ahead.take(step)
 
     def _rescue(self, step: int, error: LLMRLError) -> None:
-        """Saves what is trained so far; the weights are those after the step before."""
-        if self._ahead is not None:
-            self._ahead.close()
+        """Ends sampling and saves what is trained so far; the weights are those after the step before."""
+        self.close()
         self.sampler.load_state_dict(self._cursor)
         if step > 1:
             try:
@@ -200,6 +203,7 @@ class Rollouts:
             experience,
             unit_tokens=self.config.tokens_per_microbatch if self.policy.packing == "packed" else 0,
             mask_truncated=self.truncated == "mask",
+            version=experience.step - 1 if self.config.rollout.max_staleness else None,
         )
 
     def metrics(self, experience: Experience) -> dict[str, float]:
@@ -214,6 +218,8 @@ class Rollouts:
                 else "no completion got a reward"
             )
             logger.warning("step %d: %s, so there is nothing to learn from", experience.step, what)
+        if self.engine.dtype is not None:
+            metrics |= staleness_metrics(experience.sampled, experience.step - 1, gather)
         own, self._engine_metrics = {**self._engine_metrics, **engine_metrics(self.engine)}, {}
         return {**experience.metrics, **metrics, **own, **merge_reward_metrics(gather(experience.reward_metrics))}
 
@@ -241,7 +247,7 @@ class Rollouts:
         """
         name = "fresh_logp_difference" if self.config.rollout.max_staleness else "sampling_logp_difference"
         gap = metrics.get(f"sampling/{name}/mean", 0.0)
-        if gap > self.gap_bound:
+        if not gap <= self.gap_bound:
             raise DivergenceError(
                 f"mean |sampled - recomputed log-prob| is {gap:.3g} nats, over max_logprob_gap {self.gap_bound:.3g}. {GAP_CAUSES}"
             )

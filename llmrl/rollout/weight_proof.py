@@ -102,7 +102,7 @@ class Proof:
     def label(self, server: VLLMServer) -> str | None:
         """Of the weights that the server was proved to hold last."""
         record = self._records.get(server.url)
-        return record and record.label
+        return None if record is None else record.label
 
     def verify(self, server: VLLMServer) -> None:
         """Raises SyncError when the server's label or the weights in its memory are not those of its last sync."""

@@ -172,11 +172,10 @@ def test_a_sampler_that_disagrees_stops_the_run(tiny_model_dir, tmp_path, monkey
 
     original = LocalEngine._rollouts
 
-    def lie(self, groups):
-        for group in groups:
-            for row in group:
-                row.logprobs = [x - 0.5 for x in row.logprobs]
-        return original(self, groups)
+    def lie(self, group):
+        for row in group:
+            row.logprobs = [x - 0.5 for x in row.logprobs]
+        return original(self, group)
 
     monkeypatch.setattr(LocalEngine, "_rollouts", lie)
     with pytest.raises(DivergenceError, match="another temperature"):
