@@ -451,3 +451,44 @@ def test_ctrl_c_ends_what_is_in_flight_on_a_real_server(vllm_server, tmp_path, m
         assert time.monotonic() - start < 20
         time.sleep(0.5)
         assert idle == [False] and server.reset_prefix_cache()  # blocks were held, and no longer are
+
+
+@pytest.mark.slow
+def test_a_real_server_is_updated_and_killed_in_the_middle(vllm_server, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(vllm_server.model).float().eval()
+    tokenizer = AutoTokenizer.from_pretrained(vllm_server.model)
+    monkeypatch.setenv("LLMRL_SERVER_TOKEN", vllm_server.token)
+    described = {k: getattr(model.config, k) for k in MODEL}
+    prompts = [Prompt(f"r{i}", (3, 4, 5 + i), "text") for i in range(4)]
+    long, settings = Sampling(400, seed=1), {"stops": (), "request_timeout": 300.0, "start_timeout": 500.0}
+    with (
+        engine_of([vllm_server], tokenizer, tmp_path, model=described, **settings) as engine,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        engine.sync_weights(PlainWeights(model), 1)
+        future = pool.submit(engine.generate, prompts, 4, long)
+        time.sleep(0.5)
+        engine.sync_weights(PlainWeights(model, noise=0.02), 2)
+        updated = [r.completion for g in future.result() for r in g]
+        assert any(set(c.versions) == {1, 2} for c in updated)
+        assert all(c.version == 1 and list(c.versions) == sorted(c.versions) for c in updated if c.versions)
+        future = pool.submit(engine.generate, prompts, 4, long)
+        time.sleep(0.5)
+        vllm_server.kill()
+        vllm_server.start()
+        groups = future.result()
+        assert [r.completion.version for g in groups for r in g] == [2] * 16
+        assert engine.pop_metrics()["rollout/resent"] >= 1
+        engine.verify()
+        short = engine.generate(prompts, 2, Sampling(8))
+    model.load_state_dict(PlainWeights(model, noise=0.02).tensors, strict=False)
+    for prompt, group in zip(prompts, short):
+        for r in group:
+            torch.testing.assert_close(
+                torch.tensor(r.completion.sampled_logprobs),
+                logprobs_of(model, prompt, r.completion, 1.0),
+                atol=1e-5,
+                rtol=0,
+            )
