@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import shutil
 import threading
@@ -12,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import torch
 from safetensors import safe_open
@@ -20,7 +18,7 @@ from safetensors import safe_open
 from llmrl.config.rollout import RolloutSettings
 from llmrl.errors import ConfigError, RolloutError, SyncError
 from llmrl.rollout.fingerprint import Fingerprint, fingerprint
-from llmrl.rollout.vllm_client import ServerError, ServerFault, ServerGone, VLLMServer
+from llmrl.rollout.vllm_client import ServerError, ServerFault, ServerGone, VLLMServer, is_loopback
 from llmrl.rollout.weight_files import BUCKET_BYTES, Shipment, WeightFiles
 from llmrl.rollout.weight_proof import Proof
 from llmrl.types import PolicyWeights, SyncReport
@@ -83,6 +81,7 @@ class DiskTransfer:
         self._files, self._dtype = files, dtype
         self.proof = Proof()
         self._shipment: Shipment | None = None
+        self._begun: set[str] = set()  # servers with an update that was begun and not proved
         self._lock = threading.Lock()  # a server that restarts is not sent a version that is just being replaced
 
     def send(
@@ -144,10 +143,14 @@ class DiskTransfer:
         self._files.close()
 
     def _accepts(self, server: VLLMServer, shipment: Shipment) -> bool:
+        if (
+            server.url in self._begun
+        ):  # everything may be loaded, and the update not be finished: its next request would end it
+            return False
         try:
             if not self.proof.accept(server, shipment.label, shipment.content):
                 return False
-            server.resume()  # an update that broke off at its very end left it paused
+            server.resume()  # an update that broke off after its proof left it paused
             return True
         except ServerError:  # half-loaded weights have no fingerprint; sending shows what else it may be
             return False
@@ -160,6 +163,7 @@ class DiskTransfer:
             with suppress(ServerError):
                 server.resume()  # its weights are whole
             raise
+        self._begun.add(server.url)
         before = None
         with suppress(ServerFault):  # of weights that an earlier update left half loaded
             before = server.weights()
@@ -180,6 +184,7 @@ class DiskTransfer:
                     again.status,
                 ) from again
         self.proof.check(server, shipment.label, shipment.content, before)
+        self._begun.discard(server.url)
         server.resume()
 
     def _load(self, server: VLLMServer, shipment: Shipment) -> None:
@@ -341,16 +346,8 @@ def _parent(settings: RolloutSettings, servers: Sequence[VLLMServer], output_dir
     """Where the run's directory of weights goes: shared memory when all servers are on this machine and the model fits twice over."""
     if settings.transfer_dir is not None:
         return Path(settings.transfer_dir).expanduser()
-    if all(_is_loopback(server.url) for server in servers) and _SHARED_MEMORY.is_dir():
+    if all(is_loopback(server.url) for server in servers) and _SHARED_MEMORY.is_dir():
         size = sum(f.bytes for f in servers[0].weights())
         if 2 * size <= shutil.disk_usage(_SHARED_MEMORY).free:
             return _SHARED_MEMORY
     return Path(output_dir) / "weights"
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
