@@ -17,7 +17,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 def token_path(port: int) -> Path:
-    """Where `llmrl serve` writes the token of the server on this port: ~/.llmrl/token-<port>."""
+    """Where `llmrl serve` writes a token that it makes, for a server of this machine alone: ~/.llmrl/token-<port>."""
     return Path.home() / ".llmrl" / f"token-{port}"
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import httpx
 
@@ -36,6 +41,10 @@ class ServerGone(ServerError):
     """The connection could not be made, was lost or timed out: the server may come back, another may take the request."""
 
 
+class ServerSilent(ServerGone):
+    """No answer in time: the server may be busy."""
+
+
 class ServerRefused(ServerError):
     """The server did not take the token."""
 
@@ -49,24 +58,39 @@ class ServerFault(ServerError):
 
 
 def find_token(url: str, token_file: str | None) -> str:
-    """The token of the server at `url`: $LLMRL_SERVER_TOKEN, else what `token_file` holds, else what `llmrl serve` wrote here.
+    """The token of the server at `url`: $LLMRL_SERVER_TOKEN, else what `token_file` holds, else, for a server on this machine (or at
+    this end of a tunnel), what `llmrl serve` wrote here: a server for other machines never gets a token that was made here.
 
     Raises ConfigError, with the places that were looked at, when there is none.
     """
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if token:
         return token
+    if not token_file and not is_loopback(url):
+        raise ConfigError(
+            f"No token for the server {url}: ${TOKEN_VARIABLE} is not set. Set it to the server's token, or write the token to a file and "
+            "name that in rollout.token_file."
+        )
     path = Path(token_file).expanduser() if token_file else token_path(_port(url))
     try:
         token = path.read_text().strip()
     except OSError as error:
         raise ConfigError(
-            f"No token for the server {url}: ${TOKEN_VARIABLE} is not set and {path} can't be read ({error.strerror}). "
-            "`llmrl serve` writes its token there; on another machine, copy that file and name it in rollout.token_file."
+            f"No token for the server {url}: ${TOKEN_VARIABLE} is not set and {path} can't be read ({error.strerror}). `llmrl serve` writes "
+            "its token to ~/.llmrl/token-PORT, or to its --token-file; on another machine, copy that file and name it in rollout.token_file."
         ) from error
     if not token:
         raise ConfigError(f"No token for the server {url}: {path} is empty. Copy it again from the server's machine.")
     return token
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the server is reached through this machine alone."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _port(url: str) -> int:
@@ -87,6 +111,8 @@ class VLLMServer:
     def __init__(self, url: str, token: str, *, timeout: float = 60.0, connections: int = 100) -> None:
         _port(url)
         self.url, self._timeout = url.rstrip("/"), timeout
+        self._calls, self._count = 0, threading.Lock()
+        self._sockets: WeakSet[socket.socket] = WeakSet()
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {token}"},
             limits=httpx.Limits(max_connections=connections, keepalive_expiry=_KEEPALIVE),
@@ -97,12 +123,29 @@ class VLLMServer:
         return f"VLLMServer({self.url!r})"
 
     def is_up(self, timeout: float = 2.0) -> bool:
-        """Whether /health answers 200 within `timeout` seconds; ServerRefused passes, since waiting can't cure it."""
+        """Whether `check` passes within `timeout` seconds; ServerRefused passes through, since waiting can't cure it."""
         try:
-            self._send("GET", "/health", None, timeout)
+            self.check(timeout)
         except (ServerGone, ServerFault):
             return False
         return True
+
+    def check(self, timeout: float = 2.0) -> None:
+        """Asks /health, which a busy server answers, too."""
+        self._send("GET", "/health", None, timeout)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether calls other than /health are in flight."""
+        return self._calls > 0
+
+    def hang_up(self) -> None:
+        """Ends the calls in flight, which fail with ServerGone at once; later calls connect anew."""
+        with self._count:
+            sockets = list(self._sockets)
+        for sock in sockets:
+            with suppress(OSError):  # closed meanwhile
+                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it; closing it would not
 
     def describe(self) -> dict[str, Any]:
         """What the first worker says about its model and settings (`WeightProof.llmrl_describe`)."""
@@ -198,6 +241,7 @@ class VLLMServer:
 
     def close(self) -> None:
         """Closes its connections; calls in flight fail. May be called twice."""
+        self.hang_up()
         self._client.close()
 
     def _rpc(self, method: str) -> list[dict[str, Any]]:
@@ -227,12 +271,30 @@ class VLLMServer:
             raise ServerFault(self.url, f"{path} answered with {_excerpt(content)}, not with a JSON object")
         return answer
 
+    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Remembers the socket of each connection that is made (httpcore's `trace` extension)."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            with self._count:
+                self._sockets.add(info["return_value"].get_extra_info("socket"))
+
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float) -> bytes:
-        limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
+        if path == "/health":
+            return self._exchange(method, path, body, timeout)
+        with self._count:
+            self._calls += 1
         try:
-            response = self._client.request(method, self.url + path, json=body, timeout=limits)
+            return self._exchange(method, path, body, timeout)
+        finally:
+            with self._count:
+                self._calls -= 1
+
+    def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float) -> bytes:
+        limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
+        extensions = {"trace": self._trace}
+        try:
+            response = self._client.request(method, self.url + path, json=body, timeout=limits, extensions=extensions)
         except httpx.TimeoutException as error:
-            raise ServerGone(self.url, f"{path} gave no answer in {timeout:g} s") from error
+            raise ServerSilent(self.url, f"{path} gave no answer in {timeout:g} s") from error
         except httpx.TransportError as error:
             raise ServerGone(self.url, f"{path} failed: {error or type(error).__name__}") from error
         except httpx.HTTPError as error:
@@ -241,7 +303,8 @@ class VLLMServer:
             raise ServerRefused(
                 self.url,
                 f"did not take the token (HTTP {response.status_code}). It is looked for in ${TOKEN_VARIABLE}, then in "
-                f"rollout.token_file, then in {token_path(_port(self.url))}; `llmrl serve` says where it wrote the server's",
+                f"rollout.token_file, then, for servers on this machine, in {token_path(_port(self.url))}; `llmrl serve` says where it "
+                "wrote the server's",
             )
         if response.status_code != 200:
             text = _excerpt(response.content)

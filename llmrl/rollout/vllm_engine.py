@@ -290,7 +290,7 @@ class VLLMServerEngine:
             if found:
                 return found
         raise RolloutError(
-            f"No server answered a probe in {_FAULTS + 1} rounds: {'; '.join(m.reason for m in self._fleet.members)}"
+            f"No server answered a probe in {_FAULTS + 1} rounds: {'; '.join(m.fault for m in self._fleet.members)}"
         )
 
     def verify(self) -> None:
@@ -368,7 +368,8 @@ class _Call:
     def send(self, task: _Task, member: Member) -> None:
         request_id = self.engine._request_id()
         self._in_flight[request_id] = member
-        threading.Thread(target=self._run, args=(task, member, request_id), daemon=True).start()
+        arguments = (task, member, request_id)
+        threading.Thread(target=self._run, args=arguments, name="llmrl-request", daemon=True).start()
 
     def _run(self, task: _Task, member: Member, request_id: str) -> None:
         fleet = self.engine._fleet

@@ -12,7 +12,14 @@ from typing import Any
 
 from llmrl.errors import ConfigError, RolloutError, SyncError
 from llmrl.rollout.vllm_answers import Weights
-from llmrl.rollout.vllm_client import ServerError, ServerFault, ServerGone, ServerRefused, VLLMServer
+from llmrl.rollout.vllm_client import (
+    ServerError,
+    ServerFault,
+    ServerGone,
+    ServerRefused,
+    ServerSilent,
+    VLLMServer,
+)
 
 logger = logging.getLogger("llmrl")
 
@@ -26,6 +33,12 @@ _PROGRESS = 15.0
 """Seconds between two lines of progress."""
 _REST, _LONGEST_REST = 0.5, 30.0
 """Seconds that a server rests after a fault; doubled with each further fault in a row."""
+_WATCH = 3.0
+"""Seconds between two looks at servers that have calls in flight."""
+_STRIKES = 2
+"""Looks in a row that must find no listening server: one alone may be a fault of the network."""
+_SILENCE = 300.0
+"""Seconds without any answer after which a server that still takes connections counts as gone."""
 
 
 @dataclass
@@ -39,16 +52,24 @@ class Member:
     outstanding: int = 0
     faults: int = 0
     check_at: float = 0.0
-    reason: str = "it did not answer yet"
+    reason: str = ""
+    strikes: int = 0
+    silent_since: float | None = None
 
     @property
     def url(self) -> str:
         return self.server.url
 
+    @property
+    def fault(self) -> str:
+        """Its address and what it did wrong last."""
+        return self.reason.rstrip(".") or f"{self.url}: it does not answer"
+
 
 class Fleet:
     """Threads may share it. A server that fails leaves the rotation; a thread of its own looks after it and takes it back when it is up,
-    is the same model, and holds the weights of the last sync: by its label, or because `resend` sent them again.
+    is the same model, and holds the weights of the last sync: by its label, or because `resend` sent them again. Another thread looks
+    at servers that have calls in flight: one that is being stopped keeps its connections open, and would never answer.
 
     model: what servers must have in common with the trainer's (model_type, vocab_size, hidden_size, num_hidden_layers).
     transfer: the weight transfer's backend. watch: also look at servers that are up, for processes that can't resend.
@@ -103,12 +124,16 @@ class Fleet:
                 )
             self._tell(f"waiting for {_list(missing)}: {waited:.0f} s of {self._start_timeout:.0f} s")
             time.sleep(min(_POLL, self._start_timeout / 10))
+        threading.Thread(target=self._guard, name="llmrl-guard", daemon=True).start()
         if self._watch:
             self._look_after()
 
     def _answers(self, member: Member) -> bool:
         """Whether it is up; raises ConfigError when it is and can't be used."""
-        if not member.server.is_up():
+        try:
+            member.server.check()
+        except (ServerGone, ServerFault) as error:
+            member.reason = str(error)
             return False
         try:
             self._check(member.url, member.server.describe())
@@ -188,10 +213,10 @@ class Fleet:
             if self._none_since is None:
                 return
             waited = time.monotonic() - self._none_since
-            message = "; ".join(m.reason for m in self.members)
+            message = "; ".join(m.fault for m in self.members)
         if waited > self._start_timeout:
             raise RolloutError(
-                f"No generation server came back in {self._start_timeout:g} s (rollout.start_timeout). {message}. Start the servers again; "
+                f"No generation server came back in {self._start_timeout:g} s (rollout.start_timeout): {message}. Start the servers again; "
                 "the same command then continues from the last checkpoint."
             )
         self._tell(f"no generation server is up, {waited:.0f} s of {self._start_timeout:.0f} s: {message}")
@@ -211,9 +236,11 @@ class Fleet:
             found = []
             for member in self.members:
                 try:
-                    if member.server.is_up(_PATIENCE) if member.up else self._answers(member):
-                        found.append(member)
-                except ServerFault as error:
+                    if not member.up and not self._answers(member):
+                        continue
+                    member.server.check(_PATIENCE)
+                    found.append(member)
+                except (ServerGone, ServerFault) as error:
                     member.reason = str(error)
             if found:
                 return found
@@ -238,6 +265,38 @@ class Fleet:
                 self._none_since, self._told = time.monotonic(), 0.0
             self._look_after()
             self._change.notify_all()
+
+    # -- calls in flight
+
+    def _guard(self) -> None:
+        while not self._closed:
+            for member in self.members:
+                if not member.server.is_asked:
+                    member.strikes, member.silent_since = 0, None
+                elif (reason := self._given_up(member)) is not None:
+                    if member.up:
+                        self.lost(member, ServerGone(member.url, reason))
+                    member.server.hang_up()
+            with self._change:
+                self._change.wait_for(lambda: self._closed, _WATCH)
+
+    def _given_up(self, member: Member) -> str | None:
+        """Why calls in flight to this server will not be answered; None while they may be."""
+        now = time.monotonic()
+        try:
+            member.server.check(_PATIENCE)
+        except ServerSilent:
+            member.strikes, member.silent_since = 0, member.silent_since or now
+            if time.monotonic() - member.silent_since > _SILENCE:
+                return f"it takes connections and has not answered for {_SILENCE:g} s, not even /health"
+            return None
+        except ServerGone as error:
+            member.strikes += 1
+            return f"it takes no more connections ({error})" if member.strikes >= _STRIKES else None
+        except ServerError:
+            pass  # it answers
+        member.strikes, member.silent_since = 0, None
+        return None
 
     # -- recovery
 

@@ -90,7 +90,8 @@ class FakeVLLM:
         self._resumed = threading.Event()
         self._resumed.set()
         self.in_flight = 0
-        self._dead = threading.Event()
+        self._dead, self._draining = threading.Event(), threading.Event()
+        self._busy: set[socket.socket] = set()
         self._sockets: set[socket.socket] = set()
         self._http = _Http(("127.0.0.1", self._port), self)
         self._port = self._http.server_address[1]
@@ -108,6 +109,20 @@ class FakeVLLM:
                 sock.shutdown(socket.SHUT_RDWR)
 
     stop = kill
+
+    def drain(self) -> None:
+        """Closes its port and never answers requests in flight, whose connections stay open: the real one does so after SIGTERM."""
+        self._draining.set()
+        self._http.shutdown()
+        self._http.server_close()
+        for sock in self._sockets - self._busy:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def hold(self, connection: socket.socket) -> None:
+        """Returns at once, unless it drains."""
+        if self._draining.is_set():
+            self._sleep(float("inf"), connection)
 
     def restart(self) -> None:
         self.kill()
@@ -471,14 +486,19 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Authorization") != f"Bearer {fake.token}":
             return self._send(401, {"error": "this server needs the header Authorization: Bearer TOKEN"}, "")
+        fake._busy.add(self.connection)
         try:
-            self._send(*fake.answer(self.command, self.path, json.loads(body) if body else {}, self.connection))
+            answer = fake.answer(self.command, self.path, json.loads(body) if body else {}, self.connection)
+            fake.hold(self.connection)
+            self._send(*answer)
         except _Answer as answer:
             self._send(answer.status, answer.content, "")
         except (_Hangup, OSError):
             self.close_connection = True
             with suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RDWR)
+        finally:
+            fake._busy.discard(self.connection)
 
     def _send(self, status: int, content: Any, spoil: str) -> None:
         data = json.dumps([content] if spoil == "not_an_object" else content).encode()

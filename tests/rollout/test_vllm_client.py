@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 import time
 
 import pytest
@@ -160,3 +161,38 @@ def test_netrc_and_proxies_of_the_environment_are_not_used(fake, tmp_path, monke
     assert server.is_up()
     server.close()
     server.close()
+
+
+def test_a_token_made_here_is_sent_to_no_other_machine(monkeypatch, tmp_path):
+    monkeypatch.delenv("LLMRL_SERVER_TOKEN", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / ".llmrl" / "token-8123"
+    path.parent.mkdir()
+    path.write_text("of-this-machine")
+    for host in ("127.0.0.1", "localhost", "[::1]"):
+        assert find_token(f"http://{host}:8123", None) == "of-this-machine"
+    with pytest.raises(ConfigError, match=r"rollout\.token_file"):
+        find_token("http://gpu-7:8123", None)
+    assert find_token("http://gpu-7:8123", str(path)) == "of-this-machine"
+
+
+def test_hanging_up_ends_what_is_in_flight_and_nothing_else(fake, server):
+    fake.fail(GENERATE, "hang", seconds=60)
+    errors = []
+
+    def ask():
+        try:
+            server.generate(request(), 60)
+        except ServerGone as error:
+            errors.append(error)
+
+    assert not server.is_asked
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    while not fake.count(GENERATE):
+        time.sleep(0.01)
+    assert server.is_asked and server.is_up()
+    server.hang_up()
+    thread.join(20)
+    assert len(errors) == 1 and not server.is_asked
+    assert len(server.generate(request(), 20)["choices"]) == 1

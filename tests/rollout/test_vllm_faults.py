@@ -24,6 +24,7 @@ SAMPLING = Sampling(6, seed=1)
 def _quick(monkeypatch):
     monkeypatch.setattr(vllm_fleet, "_POLL", 0.03)
     monkeypatch.setattr(vllm_fleet, "_REST", 0.03)
+    monkeypatch.setattr(vllm_fleet, "_WATCH", 0.05)
     monkeypatch.setattr(vllm_fleet, "_PROGRESS", 0.1)
     monkeypatch.setenv("LLMRL_SERVER_TOKEN", "secret")
 
@@ -123,7 +124,7 @@ def test_a_request_that_hangs_is_given_up_and_sent_again(fakes, expected, tiny_t
 
 def test_a_server_that_is_not_up_yet_is_waited_for_with_progress(fakes, tiny_tokenizer, tmp_path):
     fakes[1].kill()
-    threading.Timer(0.6, fakes[1].start).start()
+    threading.Timer(1.5, fakes[1].start).start()
     with engine_of(fakes, tiny_tokenizer, tmp_path) as engine:
         assert any(fakes[1].url in line and "of 30 s" in line for line in engine.lines)
         assert not any(fakes[0].url in line for line in engine.lines)
@@ -165,6 +166,67 @@ def test_a_server_that_dies_alone_is_waited_for_and_given_its_weights(fake, expe
         engine.verify()
 
 
+def drain_at_the_third_token(fake):
+    def drain(t):
+        if t == 3:
+            fake.on_token = None
+            threading.Thread(target=fake.drain).start()
+
+    fake.seconds_per_token, fake.on_token = 0.01, drain
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_server_that_is_being_stopped_is_not_waited_for(fakes, expected, tiny_tokenizer, tmp_path, count):
+    with engine_of(fakes[:count], tiny_tokenizer, tmp_path) as engine:
+        engine.sync_weights(weights(fakes[0]), 1)
+        drain_at_the_third_token(fakes[0])
+        if count == 1:
+            threading.Timer(1.0, fakes[0].restart).start()
+        start = time.monotonic()
+        same(expected, collect(engine))
+        assert time.monotonic() - start < 20
+        assert fakes[0]._draining.is_set() == (count == 2)
+        metrics = engine.pop_metrics()
+        assert metrics["rollout/resent"] >= 1 and metrics["rollout/server_faults"] >= 1
+        engine.verify()
+        for thread in threading.enumerate():
+            if thread.name == "llmrl-request":
+                thread.join(20)
+                assert not thread.is_alive()
+
+
+def test_a_server_that_is_being_stopped_in_a_sync_is_not_waited_for(fakes, expected, tiny_tokenizer, tmp_path):
+    with engine_of(fakes, tiny_tokenizer, tmp_path) as engine:
+        fakes[0].fail("/update_weights", "late", seconds=0.5)
+        threading.Timer(0.3, fakes[0].drain).start()
+        start = time.monotonic()
+        engine.sync_weights(weights(fakes[0]), 1)
+        same(expected, collect(engine))
+        assert time.monotonic() - start < 20 and engine.pop_metrics()["rollout/servers_up"] == 1
+
+
+def test_a_server_that_answers_nothing_for_long_is_given_up(fakes, expected, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_fleet, "_PATIENCE", 0.1)
+    monkeypatch.setattr(vllm_fleet, "_SILENCE", 0.5)
+    with engine_of(fakes, tiny_tokenizer, tmp_path) as engine:
+        engine.sync_weights(weights(fakes[0]), 1)
+        fakes[0].fail("/health", "hang", times=None, seconds=60)
+        fakes[0].fail(GENERATE, "hang", seconds=60)
+        same(expected, collect(engine))
+        assert engine.pop_metrics()["rollout/resent"] >= 1
+
+
+def test_a_busy_server_may_answer_late(fakes, expected, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_fleet, "_PATIENCE", 0.1)
+    with engine_of(fakes, tiny_tokenizer, tmp_path) as engine:
+        engine.sync_weights(weights(fakes[0]), 1)
+        fakes[0].fail("/health", "hang", times=3, seconds=60)
+        fakes[0].fail("/health", "drop")
+        fakes[0].fail(GENERATE, "late", seconds=1)
+        same(expected, collect(engine))
+        assert engine.pop_metrics()["rollout/server_faults"] == 0
+
+
 def test_a_server_that_restarted_unnoticed_is_never_sampled_with_its_first_weights(
     fake, expected, tiny_tokenizer, tmp_path
 ):
@@ -190,7 +252,10 @@ def test_when_all_servers_are_gone_the_call_ends_in_time(fakes, tiny_tokenizer, 
         for fake in fakes:
             fake.kill()
         start = time.monotonic()
-        with pytest.raises(RolloutError, match=r"No generation server came back in 1 s.*the same command") as caught:
+        with pytest.raises(
+            RolloutError,
+            match=r"No generation server came back in 1 s \(rollout.start_timeout\): .*\. Start .*the same command",
+        ) as caught:
             collect(engine)
         assert 1 <= time.monotonic() - start < 20
         assert all(fake.url in str(caught.value) for fake in fakes)
@@ -209,7 +274,7 @@ def test_a_token_that_is_refused_later_stops_at_once(fake, tiny_tokenizer, tmp_p
         assert time.monotonic() - start < 20
 
 
-@pytest.mark.parametrize("route", ["/pause", "/start_weight_update", "/update_weights"])
+@pytest.mark.parametrize("route", ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update"])
 def test_a_server_that_fails_in_a_sync_gets_the_weights_before_it_is_used(
     fakes, expected, tiny_tokenizer, tmp_path, route
 ):
