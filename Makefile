@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test check bench gpu-check install install-dev clean
+.PHONY: quickstart test check bench bench-rollouts gpu-check install install-dev clean
 
 # torch first and by range: asked for after transformers or accelerate, pip may fetch the newest release and several GB of CUDA.
 $(VENV)/.installed: pyproject.toml
@@ -47,6 +47,9 @@ check: install-dev
 bench: install-dev
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
 	$(BIN)/python benchmarks/run.py
+
+bench-rollouts: install-dev
+	$(BIN)/python benchmarks/rollouts.py
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py

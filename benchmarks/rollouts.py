@@ -76,10 +76,11 @@ def _wait(url: str, process: subprocess.Popen) -> None:
 
 
 def cpu(processes: list[psutil.Process]) -> float:
-    """User and system seconds of some processes and all below them."""
+    """User and system seconds of this process, and of some others with all below them."""
     total = 0.0
-    for process in processes:
-        for p in [process, *process.children(recursive=True)]:
+    for process in [psutil.Process(), *processes]:
+        below = process.children(recursive=True) if process in processes else []
+        for p in [process, *below]:
             with contextlib.suppress(psutil.Error):
                 times = p.cpu_times()
                 total += times.user + times.system
@@ -109,25 +110,26 @@ def sampling() -> None:
 
         def engine(urls: list[str]) -> VLLMServerEngine:
             chosen = RolloutSettings(engine="vllm_server", urls=urls)
-            out = VLLMServerEngine(chosen, tokenizer, model=described, output_dir=Path(directory), **settings)
-            out.sync_weights(ModelWeights(model), 0)
-            return out
+            return VLLMServerEngine(chosen, tokenizer, model=described, output_dir=Path(directory), **settings)
 
         local = LocalEngine(model, tokenizer, **settings)
-        own = [psutil.Process()]
         sides: dict[str, tuple[Callable[[int], int], list[psutil.Process]]] = {
-            "local": (lambda step: _engine_tokens(local, prompts, Sampling(NEW_TOKENS, step=step)), own),
-            "transformers generate": (lambda step: _generate(model, tokenizer, prompts), own),
+            "local": (lambda step: _engine_tokens(local, prompts, Sampling(NEW_TOKENS, step=step)), []),
+            "transformers generate": (lambda step: _generate(model, tokenizer, prompts), []),
         }
+        engines = {}
         for count in (1, 2):
-            used = engine([url for url, _ in running[:count]])
-            sides[f"{count} server{'s' * (count > 1)}"] = (
+            name = f"{count} server{'s' * (count > 1)}"
+            used = engines[name] = engine([url for url, _ in running[:count]])
+            sides[name] = (
                 lambda step, used=used: _engine_tokens(used, prompts, Sampling(NEW_TOKENS, step=step)),
-                own + [p for _, p in running[:count]],
+                [p for _, p in running[:count]],
             )
         figures: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for round_ in range(ROUNDS + 1):  # the first one warms up
             for name, (work, processes) in sides.items():
+                if name in engines:  # the other engine's weights are on the server
+                    engines[name].sync_weights(ModelWeights(model), round_)
                 began, used_cpu = time.perf_counter(), cpu(processes)
                 tokens = work(round_)
                 wall, spent = time.perf_counter() - began, cpu(processes) - used_cpu
