@@ -90,8 +90,8 @@ def _print_plan(console: Console, config: DatasetConfig, plan: Plan, rows: int, 
         if isinstance(config, DPOConfig):
             step += f", of which the best and the worst make {plan.rows_per_step} pairs"
     table.add_row("a step", step)
-    if sampled:
-        table.add_row("", f"{plan.decode_rows} rollouts decoded at once on a process (rollout.max_batch_tokens)")
+    if samples(config):
+        table.add_row("", _who_samples(config, plan))
     table.add_row("", f"{'at most' if sampled else 'up to'} {plan.tokens_per_step:,} tokens to learn from")
     table.add_row(
         "microbatches",
@@ -115,6 +115,16 @@ def _print_plan(console: Console, config: DatasetConfig, plan: Plan, rows: int, 
         how = "a second forward of every microbatch" if live else "one pass before the first step, then from disk"
         table.add_row("reference", f"log-probs by {how} (reference_logprobs)")
     console.print(table)
+
+
+def _who_samples(config: SamplingConfig, plan: Plan) -> str:
+    rollout = config.rollout
+    if rollout.engine == "local":
+        return f"{plan.decode_rows} rollouts decoded at once on a process (rollout.max_batch_tokens)"
+    if rollout.engine == "vllm_server":
+        ahead = f", up to {rollout.max_staleness} steps ahead" if rollout.max_staleness else ""
+        return f"sampled by {', '.join(rollout.urls)}{ahead} (`llmrl doctor` asks them)"
+    return f"sampled by vLLM in this process, with {rollout.gpu_memory_utilization:.0%} of the device's memory"
 
 
 def _print_memory(console: Console, config: DatasetConfig, plan: Plan, shape: ModelShape) -> None:

@@ -66,9 +66,11 @@ def solve(config: DatasetConfig, lengths: Sequence[int], processes: int = 1, *, 
     slot = decode_rows = 0
     generations = 1
     if samples(config):
-        generations, slot = config.num_generations, max(lengths) + config.max_completion_length
-        mine = math.ceil(config.batch_size / processes) * generations
-        decode_rows = max(1, min(mine, config.rollout.max_batch_tokens // slot))
+        generations = config.num_generations
+        if config.rollout.engine == "local":  # vLLM keeps its own cache
+            slot = max(lengths) + config.max_completion_length
+            mine = math.ceil(config.batch_size / processes) * generations
+            decode_rows = max(1, min(mine, config.rollout.max_batch_tokens // slot))
     return Plan(
         steps=steps,
         updates=steps * config.updates_per_step * iterations,

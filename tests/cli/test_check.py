@@ -246,3 +246,12 @@ def test_real_prompts(capsys, tiny_model_dir):
         "max_prompt_length=256", "max_completion_length=100",
     )  # fmt: skip
     assert code == 0 and "the reference, boxed" in out
+
+
+def test_rollouts_of_a_server_take_no_cache_here(capsys, data, tiny_model_dir):
+    settings = ["rewards.0.function=exact_match", "max_steps=1", "max_completion_length=8"]
+    local = _check(capsys, "grpo", tiny_model_dir, data(SUMS), *settings)
+    server = [*settings, "rollout.engine=vllm_server", "rollout.urls=[http://127.0.0.1:1]", "rollout.max_staleness=1"]
+    code, out, _ = _check(capsys, "grpo", tiny_model_dir, data(SUMS), *server)
+    assert local[0] == code == 0 and "key-value cache" in local[1] and "key-value cache" not in out
+    assert "sampled by http://127.0.0.1:1, up to 1 steps ahead" in out
