@@ -75,15 +75,23 @@ _SAMPLED = {
             "parallel_code_exec_per_proc max_completion_len soft_punish_cache"),
     **each("not available in this version: rewards are used as they are; scale or clip in a reward function of yours",
             "reward_clip_range normalize_reward whiten_rewards ppo_whiten_rewards use_score_scaling use_score_norm score_clip ppo_score_norm"),
-    **each("leave it out: rollout.engine says what samples; vLLM is not available in this version, `local` is",
-            "use_vllm vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_max_model_length vllm_max_model_len vllm_mode "
-            "vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_structured_outputs_regex "
-            "vllm_guided_decoding_regex vllm_tensor_parallel_size vllm_device vllm_dtype vllm_enable_prefix_caching vllm_sync_backend "
-            "vllm_sync_with_ray vllm_enable_sleep vllm_num_engines vllm_generate_batch_size enable_prefix_caching enforce_eager"),
+    **each("write rollout.engine, as in rollout: {engine: vllm_server, urls: [http://host:port]} or {engine: vllm_colocate}",
+            "use_vllm vllm_mode vllm_num_engines vllm_device"),
+    **each("write rollout.urls: [http://host:port] of servers that `llmrl serve` started", "vllm_server_base_url vllm_server_host vllm_server_port"),
+    "vllm_server_timeout": "write rollout.start_timeout (seconds to wait for servers), and rollout.request_timeout",
+    "vllm_gpu_memory_utilization": "write rollout.gpu_memory_utilization (vllm_colocate); for a server: llmrl serve ... -- --gpu-memory-utilization",
+    "vllm_tensor_parallel_size": "write rollout.tensor_parallel_size (vllm_colocate); for a server: llmrl serve --tensor-parallel-size",
+    **each("write rollout.sleep_level: 1 or 2 (0: never)", "vllm_enable_sleep_mode vllm_enable_sleep"),
+    **each("write rollout.transfer: disk or nccl; ports are found", "vllm_sync_backend vllm_sync_with_ray vllm_group_port"),
+    **each("write rollout.vllm_args: {max_model_len: ...} (vllm_colocate), or give it to the server: llmrl serve --max-model-len, --dtype, -- ...",
+            "vllm_max_model_length vllm_max_model_len vllm_model_impl vllm_dtype vllm_enable_prefix_caching enable_prefix_caching enforce_eager"),
+    "vllm_generate_batch_size": "write rollout.max_concurrency: groups in flight on a server",
+    **each("not available in this version: constrained sampling in training", "vllm_structured_outputs_regex vllm_guided_decoding_regex"),
+    **each("write rollout.max_staleness: steps that rollouts may be ahead (vllm_server)", "async_train async_queue_size max_staleness"),
     **each("leave it out: the local engine decodes in shrinking batches; rollout.max_batch_tokens bounds its memory",
             "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config cache_implementation "
             "local_rollout_forward_batch_size micro_rollout_batch_size rollout_max_tokens_per_gpu rollout_tasks_per_gpu"),
-    **each("leave it out: every process trains and samples", "async_train async_queue_size colocate_all_models colocate_actor_ref "
+    **each("leave it out: every process trains and samples", "colocate_all_models colocate_actor_ref "
             "colocate_critic_reward actor_num_nodes actor_num_gpus_per_node ref_num_nodes ref_num_gpus_per_node critic_num_nodes "
             "critic_num_gpus_per_node reward_num_nodes reward_num_gpus_per_node ref_reward_offload"),
     **each("not available in this version: sampling takes temperature, top_p, top_k and min_p", "generation_kwargs repetition_penalty"),
