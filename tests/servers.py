@@ -45,6 +45,16 @@ class RunningServer:
         return {"Authorization": f"Bearer {self.token}"}
 
     def start(self) -> None:
+        self.launch()
+        try:
+            self._wait()
+            self._first_request()
+        except BaseException:
+            self.stop()
+            raise
+
+    def launch(self) -> None:
+        """Starts its process, and does not wait for it."""
         environment = {
             **os.environ,
             "LLMRL_SERVER_TOKEN": self.token,
@@ -56,12 +66,6 @@ class RunningServer:
             self.process = subprocess.Popen(
                 self.command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
             )
-        try:
-            self._wait()
-            self._first_request()
-        except BaseException:
-            self.stop()
-            raise
 
     def stop(self) -> None:
         """Ends the server as a user would, and checks that it leaves no process behind."""
@@ -69,14 +73,28 @@ class RunningServer:
             return
         group, self.process = self.process, None
         group.terminate()
+        orphans = False
         try:
-            group.wait(60)
+            group.wait(20)
             orphans = _exists(group.pid)
+        except subprocess.TimeoutExpired:
+            pass  # a test left a request in flight, for whose connection it waits
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group.pid, signal.SIGKILL)
             group.wait(10)
         assert not orphans, f"SIGTERM left processes of the server behind:\n{self.tail()}"
+
+    def crash(self) -> None:
+        """Ends its first process at once, as the kernel does when memory runs out, and checks that the others end with it."""
+        assert self.process is not None
+        group, self.process = self.process, None
+        group.kill()
+        group.wait(10)
+        orphans = _exists(group.pid, 20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group.pid, signal.SIGKILL)
+        assert not orphans, f"SIGKILL left processes of the server behind:\n{self.tail()}"
 
     def kill(self) -> None:
         """Ends it and all its processes at once, as a crash of the machine would."""
@@ -132,15 +150,18 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def _running(model: Path, directory: Path) -> Iterator[RunningServer]:
+def make_server(model: Path, directory: Path) -> RunningServer:
+    """A server that is not started; its log is in `directory`."""
     port = free_port()
     command = [
         sys.executable, "-m", "llmrl.cli", "serve", "--model", str(model), "--port", str(port), "--dtype", "float32",
         "--max-model-len", str(MAX_MODEL_LEN), "--max-lora-rank", str(MAX_LORA_RANK), "--", "--enforce-eager",
     ]  # fmt: skip
-    server = RunningServer(
-        f"http://127.0.0.1:{port}", secrets.token_urlsafe(), model, directory / "server.log", command
-    )
+    return RunningServer(f"http://127.0.0.1:{port}", secrets.token_urlsafe(), model, directory / "server.log", command)
+
+
+def _running(model: Path, directory: Path) -> Iterator[RunningServer]:
+    server = make_server(model, directory)
     server.start()
     try:
         yield server

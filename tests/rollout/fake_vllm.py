@@ -22,8 +22,8 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -358,11 +358,8 @@ class FakeVLLM:
                 self.on_token(t)
             if fault == "die" and t == 2:
                 self.kill()
-            while not self._resumed.wait(0.005):
-                self._check_alive(connection)
-            self._check_alive(connection)
             time.sleep(self.seconds_per_token)
-            with self._lock, torch.no_grad():
+            with self._when_resumed(connection), torch.no_grad():
                 if self._updating or self._broken:  # the real one dies, too, with half of its weights
                     self.kill()
                     raise _Hangup
@@ -383,6 +380,17 @@ class FakeVLLM:
             if all(finish):
                 break
         return [(*row, reason) for row, reason in zip(rows, finish)]
+
+    @contextmanager
+    def _when_resumed(self, connection: socket.socket) -> Iterator[None]:
+        """Holds the model, which is not paused then."""
+        while True:
+            self._check_alive(connection)
+            if self._resumed.wait(0.005):
+                with self._lock:
+                    if self._resumed.is_set():
+                        yield
+                        return
 
     def _prefix(self, model: Any, ids: tuple[int, ...], salt: str | None, name: str | None, n: int) -> Any:
         """Keys and values of all prompt tokens but the last, [n, ...] of each; from the cache when they are in it."""

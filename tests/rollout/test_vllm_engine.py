@@ -454,7 +454,7 @@ def test_ctrl_c_ends_what_is_in_flight_on_a_real_server(vllm_server, tmp_path, m
 
 
 @pytest.mark.slow
-def test_a_real_server_is_updated_and_killed_in_the_middle(vllm_server, tmp_path, monkeypatch):
+def test_a_real_server_is_updated_and_stopped_in_the_middle(vllm_server, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(vllm_server.model).float().eval()
@@ -476,7 +476,10 @@ def test_a_real_server_is_updated_and_killed_in_the_middle(vllm_server, tmp_path
         assert all(c.version == 1 and list(c.versions) == sorted(c.versions) for c in updated if c.versions)
         future = pool.submit(engine.generate, prompts, 4, long)
         time.sleep(0.5)
-        vllm_server.kill()
+        assert not future.done()
+        vllm_server.process.terminate()
+        vllm_server.process.wait(60)  # it waits until the engine gives up what it will not answer
+        vllm_server.stop()
         vllm_server.start()
         groups = future.result()
         assert [r.completion.version for g in groups for r in g] == [2] * 16

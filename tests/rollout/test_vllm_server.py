@@ -6,6 +6,7 @@ import asyncio
 import re
 import socket
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from llmrl.errors import LLMRLError
 from llmrl.rollout import vllm_plugin
 from llmrl.rollout.vllm_auth import RequireToken
+from tests.servers import make_server, require_vllm
 
 TOKEN = "a-token-of-enough-characters"
 GOOD = (b"authorization", f"Bearer {TOKEN}".encode())
@@ -228,6 +230,12 @@ def test_a_file_that_cannot_be_read_leaves_the_model_whole(client, checkpoint, d
 
 @pytest.mark.slow
 def test_a_whole_update_cures_one_that_broke_off_in_a_layer(client, checkpoint, tmp_path):
+    client.pause()
+    client.start_update()
+    client.update({"files": checkpoint})  # tests before this one may have left other weights
+    client.finish_update("once")
+    client.reset_prefix_cache()
+    client.resume()
     before, tokens = client.weights(), greedy(client)
     client.pause()
     client.start_update()
@@ -274,3 +282,18 @@ def test_check_reports_the_server(vllm_server, monkeypatch, capsys):
     monkeypatch.setenv("LLMRL_SERVER_TOKEN", "another-token-than-its-own")
     assert serve.run(["--check", vllm_server.url]) == 1
     assert "did not take the token" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_leaves_no_process_behind(vllm_model, tmp_path):
+    require_vllm()
+    server = make_server(vllm_model, tmp_path)
+    server.launch()
+    try:
+        deadline = time.monotonic() + 300
+        while "(Worker" not in server.log.read_text(errors="replace"):  # the last process has started
+            assert server.process.poll() is None and time.monotonic() < deadline, server.tail()
+            time.sleep(0.2)
+        server.crash()
+    finally:
+        server.stop()
