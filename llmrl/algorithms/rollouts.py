@@ -81,7 +81,7 @@ class Rollouts:
         config, trainer = self.config, self.trainer
         self.policy, self.truncated = policy, truncated
         longest = max(len(p.ids) for p in [*self.prompts, *self.eval_prompts]) + config.max_completion_length
-        self.engine = make_engine(trainer, policy, longest)
+        self.engine = trainer.backend.together(lambda: make_engine(trainer, policy, longest))
         self.weights = trainer.backend.policy_weights()
         self.gap_bound = gap_bound(config, trainer.model, self.engine.dtype)
         self.canary = Canary(trainer, self.engine, longest, self.gap_bound)
@@ -163,7 +163,7 @@ class Rollouts:
         if self._synced == version:
             return
         began = time.monotonic()
-        report = self.engine.sync_weights(self.weights, version)
+        report = self.trainer.backend.together(lambda: self.engine.sync_weights(self.weights, version))
         self._synced = version
         if report.count:
             moved = {"sync/tensors": float(report.count), "sync/bytes": float(report.bytes)}
@@ -185,7 +185,6 @@ class Rollouts:
     def _rescue(self, step: int, error: LLMRLError) -> None:
         """Ends sampling and saves what is trained so far; the weights are those after the step before."""
         self.close()
-        self.sampler.load_state_dict(self._cursor)
         if step > 1:
             try:
                 self.trainer.run.save()

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llmrl.errors import DataError
 from llmrl.evaluation.metrics import accuracy_interval, mean_interval, mean_pass_at_k
 from llmrl.experience.collect import Scorer
+from llmrl.train.collectives import together
 from llmrl.types import Prompt, RolloutEngine, Sampling, ScoredRollout
 
 _FAILURES = ("malformed", "timeout", "error")
@@ -144,22 +145,27 @@ def evaluate(
 
     Several processes give each its own share of the prompts and `gather`, which returns every process's value in rank order;
     all of them get the whole result. `trainer_state` is what reward functions see of a run. Raises DataError when there is no
-    prompt at all; what the engine and the scorer raise passes.
+    prompt at all; what the engine and the scorer raise passes, and is an LLMRLError on the other processes.
     """
-    rows: list[dict[str, Any]] = []
-    right = 0
-    with _bar(progress) as bar:
-        task = bar.add_task("evaluate", total=len(prompts), accuracy="")
-        for start in range(0, len(prompts), batch_size):
-            asked = prompts[start : start + batch_size]
-            with scorer.session(asked, trainer_state) as session:
-                scored = session.finish(engine.generate(asked, n, sampling, on_group=session.add))
-            for group in scored:
-                rows.append(_row(group, threshold))
-                right += sum(rows[-1]["correct"])
-            bar.update(task, completed=len(rows), accuracy=f"accuracy {right / (len(rows) * n):.3f}")
-    if gather is not None:
-        rows = [row for part in gather(rows) for row in part]
+    gather = gather or (lambda value: [value])
+    most = max(gather(len(prompts)))  # all call the engine equally often: it may need all of them
+
+    def sample() -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        right = 0
+        with _bar(progress) as bar:
+            task = bar.add_task("evaluate", total=len(prompts), accuracy="")
+            for start in range(0, most, batch_size):
+                asked = prompts[start : start + batch_size]
+                with scorer.session(asked, trainer_state) as session:
+                    scored = session.finish(engine.generate(asked, n, sampling, on_group=session.add))
+                for group in scored:
+                    rows.append(_row(group, threshold))
+                    right += sum(rows[-1]["correct"])
+                bar.update(task, completed=len(rows), accuracy=f"accuracy {right / max(len(rows) * n, 1):.3f}")
+        return rows
+
+    rows = [row for part in gather(together(sample, gather)) for row in part]
     if not rows:
         raise DataError("nothing to evaluate: the data hold no usable problem")
     return EvalResult(n, rows, dict(settings or {}))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from llmrl.errors import LLMRLError
 from llmrl.rewards.tally import Tally
+from llmrl.train.collectives import together
 from llmrl.types import Prompt, Rollout, RolloutEngine, Sampling, ScoredRollout
 
 Gather = Callable[[Any], list[Any]]
@@ -128,7 +128,7 @@ class Collector:
         while (missing := self.batch_size - sum(kept.values())) > 0 and rounds <= self.max_refills:
             draws = [self._distinct(self.prompts[i], seen) for i in self.sampler.take(missing)]
             share = [(drawn + j, p) for j, p in enumerate(draws) if (drawn + j) % self.world_size == self.rank]
-            groups = self._together(partial(self._sample, share, step, trainer_state, tally))
+            groups = together(partial(self._sample, share, step, trainer_state, tally), self.gather)
             mine += groups
             drawn += len(draws)
             rounds += 1
@@ -145,18 +145,6 @@ class Collector:
             "groups/rounds": float(rounds),
         }
         return Experience(step, groups, metrics if self.drop_zero_std else {}, dropped, tally.metrics())
-
-    def _together(self, action: Callable[[], list[Group]]) -> list[Group]:
-        """`action()`; when it fails on one process, all of them raise, so that none waits for the others until the time limit."""
-        try:
-            result = action()
-        except Exception as error:
-            self.gather(f"{type(error).__name__}: {error}")
-            raise
-        failed = {rank: text for rank, text in enumerate(self.gather(None)) if text is not None}
-        if failed:
-            raise LLMRLError("; ".join(f"process {rank} failed: {text}" for rank, text in failed.items()))
-        return result
 
     def _sample(self, share: list[tuple[int, Prompt]], step: int, trainer_state: Any, tally: Tally) -> list[Group]:
         """Samples and scores this process's share of a round; finished groups are scored while others are still sampled."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
-from llmrl.errors import DataError
+from llmrl.errors import DataError, LLMRLError, RolloutError
 from llmrl.evaluation.runner import evaluate
 from llmrl.types import Completion, Prompt, Rollout, Sampling, ScoredRollout
 from tests.scorers import PlainScorer
@@ -90,12 +92,49 @@ def test_the_threshold_decides_what_is_right():
     assert evaluate(prompts(0, 0), Engine(), Half(), n=1, sampling=SAMPLING, threshold=0.6).accuracy == 0
 
 
-def test_processes_see_the_whole_result():
-    everything = prompts(0, 1, 2, 3)
+def two_processes(run):
+    """What `run(rank, gather)` returns or raises, of two threads that gather like processes."""
+    values, meeting = [None, None], threading.Barrier(2, timeout=5)
+
+    def process(rank):
+        def gather(value):
+            values[rank] = json.loads(json.dumps(value))
+            meeting.wait()
+            found = list(values)
+            meeting.wait()
+            return found
+
+        return run(rank, gather)
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(process, rank) for rank in range(2)]
+    return [future.exception() or future.result() for future in futures]
+
+
+def test_processes_see_the_whole_result_and_call_the_engine_equally_often():
+    everything, engines = prompts(0, 1, 2, 3, 4), [Engine(), Engine()]
     whole = evaluate(everything, Engine(), Scorer(), n=3, sampling=SAMPLING)
-    other = evaluate(everything[1::2], Engine(), Scorer(), n=3, sampling=SAMPLING)
-    mine = evaluate(everything[::2], Engine(), Scorer(), n=3, sampling=SAMPLING, gather=lambda rows: [rows, other.rows])
-    assert mine.metrics() == whole.metrics()
+
+    def run(rank, gather):
+        share = everything[rank::2]
+        return evaluate(share, engines[rank], Scorer(), n=3, sampling=SAMPLING, batch_size=2, gather=gather)
+
+    assert [result.metrics() for result in two_processes(run)] == [whole.metrics()] * 2
+    assert [engine.calls for engine in engines] == [[2, 1], [2, 0]]
+
+
+def test_an_error_of_one_process_reaches_the_other():
+    class Failing(Engine):
+        def generate(self, *args, **kwargs):
+            raise RolloutError("no server")
+
+    def run(rank, gather):
+        engine = Failing() if rank else Engine()
+        return evaluate(prompts(0), engine, Scorer(), n=1, sampling=SAMPLING, gather=gather)
+
+    other, own = two_processes(run)
+    assert isinstance(own, RolloutError)
+    assert isinstance(other, LLMRLError) and "process 1 failed: RolloutError: no server" in str(other)
 
 
 def test_results_are_json_with_settings_and_versions(tmp_path):
