@@ -67,10 +67,9 @@ class Ahead:
     def take(self, step: int) -> tuple[Experience, dict[str, Any]]:
         """The experience of `step`, the one after the last taken, and the cursor behind its prompts. Waits until it is made.
 
-        Its metrics say how many seconds it was waited for (`time/rollouts`) and how many it took (`time/rollouts_making`). What
-        the thread raised in making this step is raised here, the same object; steps that were made before it are still given.
+        Its metrics say how many seconds it took (`time/rollouts_making`). What the thread raised in making this step is raised here,
+        the same object; steps that were made before it are still given.
         """
-        began = time.monotonic()
         with self._changed:
             if step != self._next or step > self.last_step:
                 raise ValueError(f"step {step} is not the next one, {self._next} (the last is {self.last_step})")
@@ -82,10 +81,8 @@ class Ahead:
             if not self._made:
                 assert self._error is not None
                 raise self._error
-            experience, cursor = self._made.popleft()
             self._next += 1
-        waited = {"time/rollouts": time.monotonic() - began}
-        return replace(experience, metrics={**experience.metrics, **waited}), cursor
+            return self._made.popleft()
 
     def close(self) -> None:
         """Ends the thread before its next step and waits for it, `JOIN_SECONDS` at most. May be called twice, and whatever happened."""
