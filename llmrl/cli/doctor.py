@@ -63,7 +63,10 @@ def run(argv: Sequence[str]) -> int:
 
 def examine(config: Any) -> tuple[list[Finding], bool]:
     """(findings, whether this is the first process). The error that ended the null run, if one did, is a finding as well."""
-    directory = Path(tempfile.mkdtemp(prefix="llmrl-doctor-"))
+    # Beside the run's own directory: servers on other machines may have to read the weights there.
+    parent = Path(config.output_dir).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="llmrl-doctor-", dir=parent))
     changes = {
         "learning_rate": 0.0,
         "max_steps": STEPS,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from llmrl.cli.main import main
+from llmrl.rollout.vllm_client import VLLMServer
 from tests.rollout.fake_vllm import FakeVLLM
 
 ROWS = [{"prompt": text, "answer": str(i)} for i, text in enumerate(("the answer", "is", "because", "three"))]
@@ -39,6 +41,16 @@ def fake(tiny_model_dir, monkeypatch):
     monkeypatch.setenv("LLMRL_SERVER_TOKEN", "secret")
     with FakeVLLM(tiny_model_dir) as server:
         yield server
+
+
+def test_servers_see_its_weights_where_they_see_those_of_the_run(recipe, fake, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmrl.rollout.weight_sync.is_loopback", lambda url: False)  # else in shared memory
+    seen = []
+    update = VLLMServer.update
+    monkeypatch.setattr(VLLMServer, "update", lambda self, info: (seen.extend(info["files"]), update(self, info)))
+    assert main(["doctor", "grpo", "--config", recipe(server(fake))]) == 0
+    assert seen and all(Path(file).is_relative_to(tmp_path) for file in seen)
+    assert not list(tmp_path.glob("llmrl-doctor-*"))
 
 
 def server(fake, **more):
