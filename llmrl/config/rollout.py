@@ -77,8 +77,12 @@ class RolloutSettings(Strict):
             for url in self.urls:
                 if not url.startswith(("http://", "https://")):
                     raise ValueError(f"rollout.urls: {url!r} is not a URL; write http://host:port")
-            if len(set(self.urls)) < len(self.urls):
+            if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
                 raise ValueError("rollout.urls names a server twice")
+            if self.nccl_address is not None and self.transfer != "nccl":
+                raise ValueError(
+                    "rollout.nccl_address is for transfer nccl, and the transfer is disk; remove one of them"
+                )
         return self
 
 
