@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmrl.config.base import Strict, as_list
+from llmrl.config.rubric import JudgeSettings
 
 
 class RewardSpec(Strict):
@@ -33,6 +34,13 @@ class RewardSpec(Strict):
         ge=1,
         description="of a model: longer conversations lose their beginning; default: what the model can take",
     )
+    rubric: str = Field(
+        "", description="what a `judge` grades by: a YAML file, or the name of a rubric that comes with llmrl"
+    )
+    rubric_column: str | None = Field(None, description="column with a rubric a row; `rubric` is for rows without")
+    judge: JudgeSettings | None = Field(
+        None, description="who grades by the rubric; with a `function`: who is asked where the function says no"
+    )
     name: str | None = Field(None, description="name in metrics; default: the function's own")
     args: dict[str, Any] = Field({}, description="keyword arguments")
     weight: float = Field(1.0, description="factor in the combined reward")
@@ -48,8 +56,22 @@ class RewardSpec(Strict):
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
-        if bool(self.function) == bool(self.model):
-            raise ValueError("give a `function` (a name or path) or a `model` (a reward model), one of the two")
+        judged = self.judge is not None
+        if bool(self.function) + bool(self.model) + (judged and not self.function) != 1:
+            raise ValueError(
+                "give a `function` (a name or path), a `model` (a reward model) or a `judge` with a `rubric`, one of the three; only a "
+                "function may have a judge beside it, which is asked where the function says no"
+            )
+        if judged and not (self.function or self.rubric or self.rubric_column):
+            raise ValueError("a judge needs a `rubric` (a YAML file) or a `rubric_column` to grade by")
+        if not judged and (self.rubric or self.rubric_column):
+            raise ValueError("a rubric needs a `judge` (base_url and model) that grades by it")
+        if judged and not self.function and (self.args or self.isolate or self.memory_gb or self.timeout):
+            raise ValueError(
+                "args, isolate, memory_gb and timeout are of functions; a judge has its own, `judge.deadline`"
+            )
+        if judged and self.function and self.judge is not None and self.judge.mode == "pairwise":
+            raise ValueError("a judge beside a function scores single answers: leave out `mode: pairwise`")
         if self.model and (self.args or self.isolate or self.memory_gb or self.timeout):
             raise ValueError(
                 "args, isolate, memory_gb and timeout are of functions: a model runs in the training process, without them"
