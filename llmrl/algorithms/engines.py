@@ -13,7 +13,7 @@ import torch
 
 from llmrl.algorithms.base import Trainer
 from llmrl.data.sampler import permutation
-from llmrl.errors import DivergenceError
+from llmrl.errors import ConfigError, DivergenceError
 from llmrl.models.forward import PolicyModule
 from llmrl.rollout.local import LocalEngine
 from llmrl.types import Completion, Example, RolloutEngine, Sampling
@@ -52,14 +52,23 @@ def make_engine(trainer: Trainer, policy: PolicyModule, max_length: int) -> Roll
     if settings.engine == "vllm_server":
         from llmrl.rollout.vllm_engine import VLLMServerEngine
 
-        return VLLMServerEngine(
+        engine = VLLMServerEngine(
             settings,
             trainer.tokenizer,
             model=describe(trainer.model),
             output_dir=Path(config.output_dir),
             gather=backend.gather_json,
+            progress=trainer.run.progress.message,
             **shared,
         )
+        if max_length > engine.max_model_len:
+            engine.close()
+            raise ConfigError(
+                f"the longest prompt and max_completion_length {config.max_completion_length} make {max_length} tokens, and the servers of "
+                f"rollout.urls take {engine.max_model_len}. Start them with --max-model-len {max_length} or more, or lower "
+                "max_completion_length or max_prompt_length"
+            )
+        return engine
     from llmrl.rollout.vllm_colocate import ColocatedEngine
 
     directory = Path(tempfile.mkdtemp(prefix="llmrl-model-"))

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,21 @@ class VLLMServer:
     """One server at `url`. Every method raises ServerGone, ServerRefused or ServerFault; threads may share it.
 
     timeout: seconds for a call that neither generates nor moves weights. connections: calls at once; more wait for their turn.
+    renew: gives the token that is to be used when the server refuses this one, since a server that is started again may have a new one.
     Proxies and ~/.netrc of the environment are not used: they would see, or replace, the token.
     """
 
-    def __init__(self, url: str, token: str, *, timeout: float = 60.0, connections: int = 100) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        timeout: float = 60.0,
+        connections: int = 100,
+        renew: Callable[[], str] | None = None,
+    ) -> None:
         _port(url)
+        self._renew = renew
         self.url, self._timeout = url.rstrip("/"), timeout
         self._calls, self._count = 0, threading.Lock()
         self._sockets: WeakSet[socket.socket] = WeakSet()
@@ -293,6 +303,10 @@ class VLLMServer:
         extensions = {"trace": self._trace}
         try:
             response = self._client.request(method, self.url + path, json=body, timeout=limits, extensions=extensions)
+            if response.status_code == 401 and self._has_new_token(response.request):
+                response = self._client.request(
+                    method, self.url + path, json=body, timeout=limits, extensions=extensions
+                )
         except httpx.TimeoutException as error:
             raise ServerSilent(self.url, f"{path} gave no answer in {timeout:g} s") from error
         except httpx.TransportError as error:
@@ -313,6 +327,17 @@ class VLLMServer:
                 time.sleep(0.1)
             raise ServerFault(self.url, f"{path} answered HTTP {response.status_code}: {text}", response.status_code)
         return response.content
+
+    def _has_new_token(self, refused: httpx.Request) -> bool:
+        """Whether there is another token than the one that was refused; it is used from now on."""
+        if self._renew is None:
+            return False
+        try:
+            header = f"Bearer {self._renew()}"
+        except ConfigError:
+            return False
+        self._client.headers["Authorization"] = header
+        return refused.headers["Authorization"] != header
 
 
 def _excerpt(content: bytes) -> str:

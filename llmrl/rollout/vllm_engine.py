@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -85,7 +86,8 @@ class VLLMServerEngine:
     def _open(self, model: Mapping[str, Any], world_size: int, progress: Callable[[str], None]) -> Fleet:
         settings = self.settings
         connections = settings.max_concurrency + _SPARE
-        servers = [VLLMServer(u, find_token(u, settings.token_file), connections=connections) for u in settings.urls]
+        tokens = {u: partial(find_token, u, settings.token_file) for u in settings.urls}
+        servers = [VLLMServer(u, token(), connections=connections, renew=token) for u, token in tokens.items()]
         fleet = Fleet(
             servers,
             model=model,

@@ -196,3 +196,24 @@ def test_hanging_up_ends_what_is_in_flight_and_nothing_else(fake, server):
     thread.join(20)
     assert len(errors) == 1 and not server.is_asked
     assert len(server.generate(request(), 20)["choices"]) == 1
+
+
+def test_a_server_that_is_started_again_with_another_token_is_talked_to_with_that(fake, tmp_path, monkeypatch):
+    monkeypatch.delenv("LLMRL_SERVER_TOKEN", raising=False)
+    path = tmp_path / "token"
+    path.write_text(fake.token)
+    server = VLLMServer(fake.url, fake.token, timeout=5, renew=lambda: find_token(fake.url, str(path)))
+    try:
+        assert server.weight_label() == "default"
+        fake.token = "the token of its next start"
+        with pytest.raises(ServerRefused):
+            server.weight_label()
+        path.write_text(fake.token)
+        assert server.weight_label() == "default" and server.is_up()
+        path.unlink()
+        assert server.weight_label() == "default"
+        fake.token = "another"
+        with pytest.raises(ServerRefused, match="token"):
+            server.weight_label()
+    finally:
+        server.close()
