@@ -18,6 +18,7 @@ from llmrl.rewards.call import BoundFunction
 
 BUILTINS: dict[str, str] = {
     "math_answer": "llmrl.rewards.math",
+    "code_tests": "llmrl.rewards.code",
     "exact_match": "llmrl.rewards.exact",
     "think_format": "llmrl.rewards.format",
     "think_answer_format": "llmrl.rewards.format",
@@ -25,6 +26,7 @@ BUILTINS: dict[str, str] = {
     "soft_overlong": "llmrl.rewards.length",
     "length": "llmrl.rewards.length",
     "repetition_penalty": "llmrl.rewards.length",
+    "instructions": "llmrl.rewards.ifeval",
 }
 # Names that TRL and open-r1 users bring for the same thing.
 ALIASES: dict[str, str] = {
@@ -34,6 +36,7 @@ ALIASES: dict[str, str] = {
     "think_format_reward": "think_format",
     "soft_overlong_punishment": "soft_overlong",
     "repetition_penalty_reward": "repetition_penalty",
+    "ifeval": "instructions",
 }
 
 
