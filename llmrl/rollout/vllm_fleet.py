@@ -208,6 +208,8 @@ class Fleet:
     def check(self) -> None:
         """Raises what the fleet can't recover from; tells how long it has waited while no server is up."""
         with self._change:
+            if self._closed:
+                raise RolloutError("the engine was closed while it was waiting for servers")
             if self._fatal is not None:
                 raise self._fatal
             if self._none_since is None:
