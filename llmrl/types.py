@@ -42,8 +42,8 @@ class Completion:
 
     `sampled_logprobs[i]` is the natural log-probability of `ids[i]` under the distribution that was sampled from
     (temperature and any top-k/top-p/min-p mask applied). `finish_reason` is "length" exactly when the token limit cut it.
-    `version` is the weight version that sampled it. Where weights were updated in the middle, `versions[i]` is that of `ids[i]` and
-    `version` the oldest of them; otherwise `versions` is empty. `text` is the decoded answer without special tokens.
+    `version` is the weight version that sampled it. Where weights were updated meanwhile, `versions[i]` is that of `ids[i]` and `version`
+    the oldest with a part in it, be it in cached keys of the prompt; otherwise `versions` is empty. `text` is the decoded answer without special tokens.
     """
 
     ids: tuple[int, ...]

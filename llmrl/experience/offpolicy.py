@@ -20,7 +20,7 @@ def is_fresh(completion: Completion, version: int) -> bool:
 
     Of a mixed completion no token is: the newer ones were sampled behind key-value states of the older weights.
     """
-    return set(completion.versions or (completion.version,)) == {version}
+    return completion.version == version
 
 
 def fresh_tokens(batch: PackedBatch) -> Tensor | None:

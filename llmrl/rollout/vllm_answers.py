@@ -34,12 +34,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class Answer:
-    """One choice of an answer, checked: tokens, their log-probs and weight versions, all of one length."""
+    """One choice of an answer, checked: tokens, their log-probs and weight versions, all of one length.
+
+    `version` is the oldest that has a part in it: that of a token, or the one that was asked for, under which its prompt may be cached.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     stopped: bool
     versions: tuple[int, ...]
+    version: int
 
 
 def request_body(
@@ -115,7 +119,8 @@ class Reader:
                 f"finish_reason {reason!r} after {len(ids)} of {self.max_tokens} tokens, {'with' if stopped else 'without'} a stop token"
             )
         versions = self._versions(choice["weight_versions"], len(ids))
-        return Answer(tuple(ids), tuple(min(p, 0.0) for p in logprobs), stopped, versions)
+        oldest = min(self.weights.version, *versions)
+        return Answer(tuple(ids), tuple(min(p, 0.0) for p in logprobs), stopped, versions, oldest)
 
     def _versions(self, spans: Sequence[Mapping[str, Any]], n: int) -> tuple[int, ...]:
         versions: list[int] = []

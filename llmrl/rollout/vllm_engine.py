@@ -208,10 +208,9 @@ class VLLMServerEngine:
         bodies = [list(a.ids[:-1] if a.stopped else a.ids) for a in answers]
         completions = []
         for answer, text in zip(answers, self.tokenizer.batch_decode(bodies, skip_special_tokens=True)):
-            oldest = min(answer.versions)
-            versions = answer.versions if max(answer.versions) > oldest else ()
+            versions = answer.versions if max(answer.versions) > answer.version else ()
             reason: FinishReason = "stop" if answer.stopped else "length"
-            completions.append(Completion(answer.ids, answer.logprobs, reason, text, oldest, versions))
+            completions.append(Completion(answer.ids, answer.logprobs, reason, text, answer.version, versions))
         if len(completions) == 1:
             completions *= num_generations
         return [Rollout(prompt, completion, i) for i, completion in enumerate(completions)]

@@ -18,7 +18,7 @@ import torch
 from llmrl.config.rollout import RolloutSettings
 from llmrl.errors import ConfigError, RolloutError, SyncError
 from llmrl.rollout import vllm_fleet
-from llmrl.rollout.vllm_answers import Weights
+from llmrl.rollout.vllm_answers import Reader, Weights
 from llmrl.rollout.vllm_client import ServerRefused
 from llmrl.rollout.vllm_engine import VLLMServerEngine
 from llmrl.types import Prompt, Sampling
@@ -165,18 +165,19 @@ def test_greedy_groups_are_sampled_once(fake, tiny_tokenizer, tmp_path):
 
 
 def test_groups_stream_as_they_finish_one_at_a_time(fake, tiny_tokenizer, tmp_path):
-    seen, inside = [], threading.Lock()
+    seen, at, inside = [], [], threading.Lock()
 
     def on_group(place, group):
         assert inside.acquire(blocking=False)
         seen.append((place, group))
+        at.append(time.monotonic())
         time.sleep(0.01)
         inside.release()
 
-    fake.fail(GENERATE, "late", seconds=0.5)  # the first request is answered last
+    fake.fail(GENERATE, "late", seconds=1.5)  # the request that arrives first, of whichever group, is answered last
     with engine_of([fake], tiny_tokenizer, tmp_path) as engine:
         groups = engine.generate(PROMPTS, 2, Sampling(4), on_group)
-    assert sorted(place for place, _ in seen) == list(range(6)) and seen[-1][0] == 0
+    assert sorted(place for place, _ in seen) == list(range(6)) and at[-1] - at[0] > 0.2
     assert all(groups[place] is group for place, group in seen)
 
 
@@ -194,6 +195,32 @@ def test_an_exception_of_on_group_ends_the_call_and_what_is_in_flight(fake, tiny
         assert ids and set(ids) <= sent
         assert len(engine.generate(PROMPTS[:2], 2, Sampling(4))) == 2
         assert engine.pop_metrics()["rollout/server_faults"] == 0
+
+
+def test_closing_ends_a_call_of_another_thread(fake, tiny_tokenizer, tmp_path):
+    fake.fail(GENERATE, "hang", times=None, seconds=20)
+    with engine_of([fake], tiny_tokenizer, tmp_path) as engine, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(engine.generate, PROMPTS[:1], 1, Sampling(4))
+        while not fake.count(GENERATE):
+            time.sleep(0.01)
+        engine.close()
+        with pytest.raises(RolloutError, match="closed"):
+            call.result(5)
+
+
+def test_a_request_that_waited_during_a_sync_counts_as_of_the_weights_it_asked_for():
+    content = [{"token_id": 5, "logprob": -1.0}, {"token_id": 6, "logprob": -1.0}]
+    spans = [{"version": "run:2", "start": 0, "end": 2}]
+    choice = {
+        "index": 0,
+        "token_ids": [5, 6],
+        "logprobs": {"content": content},
+        "finish_reason": "length",
+        "weight_versions": spans,
+    }
+    reader = Reader("http://a", "run", Weights("run:1", 1), 1, 2, frozenset(), 10)
+    (answer,) = reader.read({"choices": [choice]})
+    assert (answer.version, answer.versions) == (1, (2, 2))
 
 
 def test_ctrl_c_ends_the_call_quickly(fake, tiny_tokenizer, tmp_path):
@@ -295,7 +322,7 @@ def test_synced_weights_are_sampled_with_and_named(fakes, tiny_tokenizer, tmp_pa
 
 
 def test_an_update_in_the_middle_gives_each_token_its_version(fake, tiny_tokenizer, tmp_path):
-    fake.seconds_per_token = 0.01
+    fake.seconds_per_token = 0.03
     reached = threading.Event()
     fake.on_token = lambda t: reached.set() if t == 5 else None
     with engine_of([fake], tiny_tokenizer, tmp_path, stops=()) as engine, ThreadPoolExecutor(1) as pool:
