@@ -270,6 +270,6 @@ class RolloutEngine(Protocol):
 
 
 class Judge(Protocol):
-    """Answers a grading prompt with text."""
+    """Answers a grading prompt with text, which should be JSON of the schema. Raises JudgeError (llmrl.rewards.judge) where it can't."""
 
-    def ask(self, messages: Messages) -> str: ...
+    async def ask(self, messages: Messages, schema: Mapping[str, Any]) -> str: ...
