@@ -64,8 +64,8 @@ def check_recipe(state: Mapping[str, Any], config: Any, kind: str, start: Path) 
     advice = "Go back to those values, or choose another output_dir"
     if state["kind"] != kind:
         raise ConfigError(f"{start} is of a {state['kind']} run, this is a {kind} run. {advice}")
-    ours = flatten(config.model_dump(mode="json"))
-    theirs = flatten(state["recipe"])
+    ours = _with_entries(flatten(config.model_dump(mode="json")))
+    theirs = _with_entries(flatten(state["recipe"]))
     # A key that the checkpoint does not have came with a newer version, whose default is the old behaviour.
     differ = [
         f"{key}: {_show(theirs[key])} -> {_show(ours.get(key))}"
@@ -98,6 +98,18 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
         out |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return out
+
+
+def _with_entries(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """With the keys of each entry of a list of mappings in the list's place: `rewards.0.weight`; their values stay whole."""
+    out: dict[str, Any] = {}
+    for key, value in flat.items():
+        if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+            out[key] = f"{len(value)} of them"
+            out |= {f"{key}.{i}.{name}": part for i, entry in enumerate(value) for name, part in entry.items()}
+        else:
+            out[key] = value
     return out
 
 
