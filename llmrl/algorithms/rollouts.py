@@ -46,6 +46,9 @@ class Rollouts:
             on_error=config.on_error,
             workers=config.reward_workers,
             device=local_device(),
+            allow_code_execution=config.allow_code_execution,
+            combine=config.combine,
+            gate_threshold=config.gate_threshold,
         )
 
     def read(self, trainer: Trainer, train: Any, evaluation: Any) -> int:

@@ -139,7 +139,7 @@ _RL = {
             "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps ref_model ref_pretrain ref_model_adapters ref_model_quantization_bit"),
     "sft_model_path": "write model_name_or_path: the policy starts there, and the reference is what it starts from",
     "ptx_coef": "not available in this version: a loss on pretraining data beside the reward",
-    "multi_objective_aggregation": "not available in this version: rewards are summed with their weights, then normalised (sum_then_normalize)",
+    "multi_objective_aggregation": "use `combine: normalize_then_sum`; sum_then_normalize is the default, `combine: sum`",
     **each("not available in this version: entropy_coef is a constant",
             "use_adaptive_entropy entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target"),
 }  # fmt: skip

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmrl.config.base import Strict, as_list
 from llmrl.config.rubric import JudgeSettings
+
+
+class WeightSchedule(Strict):
+    """A weight that changes over the run: from `start` to `end` over the first `steps` steps, and `end` from there on."""
+
+    start: float = Field(allow_inf_nan=False, description="weight at step 0")
+    end: float = Field(allow_inf_nan=False, description="weight from step `steps` on")
+    steps: int = Field(ge=1, description="trainer_state.global_step at which `end` is reached")
+    kind: Literal["linear", "cosine", "step"] = Field(
+        "linear", description="the way between: a line, half a cosine, or `start` until `end`"
+    )
+
+    def at(self, step: int) -> float:
+        """The weight at a step. Example: WeightSchedule(start=1, end=0, steps=100, kind="cosine").at(50) -> 0.5"""
+        if step >= self.steps:
+            return self.end
+        share = max(0, step) / self.steps
+        share = {"linear": share, "cosine": (1 - math.cos(math.pi * share)) / 2, "step": 0.0}[self.kind]
+        return self.start + (self.end - self.start) * share
+
+
+def _weight(value: Any) -> Any:
+    """A union's errors would name both of its members for one mistake."""
+    if isinstance(value, Mapping):
+        return WeightSchedule.model_validate(value)
+    if isinstance(value, WeightSchedule) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise ValueError(
+        f"a weight is a number, or a schedule {{start, end, steps, kind: linear|cosine|step}}; given {value!r}"
+    )
+
+
+Weight = Annotated[float | WeightSchedule, BeforeValidator(_weight)]
 
 
 class RewardSpec(Strict):
@@ -43,7 +78,10 @@ class RewardSpec(Strict):
     )
     name: str | None = Field(None, description="name in metrics; default: the function's own")
     args: dict[str, Any] = Field({}, description="keyword arguments")
-    weight: float = Field(1.0, description="factor in the combined reward")
+    weight: Weight = Field(
+        1.0,
+        description="factor in the combined reward: a number, or a schedule {start, end, steps, kind: linear|cosine|step}",
+    )
     timeout: float | None = Field(None, gt=0, description="seconds; default 10 a row, 60 a batch call")
     isolate: Literal["process", "inline"] | None = Field(
         None, description="default: process; inline for the built-ins that can't hang"
@@ -89,8 +127,25 @@ class RewardFields(Strict):
     # A row verifier that ran out of time or memory did so because of what the model wrote, and one hostile answer must not end a
     # run: that row gets None, counted and logged; the run stops when more than half of the rows of a call, and more than 3, end so.
     rewards: Rewards = Field([], description="reward functions: a name, or a list of specs (`rewards.0.weight=0.5`)")
+    combine: Literal["sum", "product", "gated", "normalize_then_sum"] = Field(
+        "sum",
+        description="of weight x value: their sum, their product, the sum only where the first reward passes (else its own term), or "
+        "the sum after each was standardised within its group",
+    )
+    gate_threshold: float = Field(
+        0.5, allow_inf_nan=False, description="of `gated`: the first reward passes from here on"
+    )
     on_error: Literal["stop", "skip"] = Field(
         "stop",
         description="a reward function failed: stop, or None for the row (a verifier's timeout on a few rows never stops)",
     )
+    allow_code_execution: bool = Field(
+        False, description="let reward functions run programs that the model wrote, in a sandbox (docs/code.md)"
+    )
     reward_workers: int = Field(2, ge=1, description="worker processes of each training process")
+
+    @model_validator(mode="after")
+    def _check_gate(self) -> Self:
+        if "gate_threshold" in self.model_fields_set and self.combine != "gated":
+            raise ValueError(f"gate_threshold is of `combine: gated`; combine is {self.combine}")
+        return self

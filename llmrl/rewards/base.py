@@ -89,12 +89,14 @@ class RowVerifier:
         check_gold: Callable[..., str | None] | None = None,
         check_args: Callable[..., str | None] | None = None,
         warm_up: Callable[[], None] | None = None,
+        runs_code: bool = False,
+        seconds: float | None = None,
     ) -> None:
         if inspect.iscoroutinefunction(score):
             raise TypeError(
                 f"{score.__name__}: a row verifier runs one row at a time and can't be async; write a batch function"
             )
-        self.score, self.safe = score, safe
+        self.score, self.safe, self.runs_code, self.seconds = score, safe, runs_code, seconds
         self.check_gold, self.check_args, self.warm_up = check_gold, check_args, warm_up
         functools.update_wrapper(self, score)
 
@@ -117,6 +119,8 @@ def row_verifier(score: Callable[..., Any] | None = None, **options: Any) -> Any
 
     `safe=True` promises linear time and bounded memory on any text: such a function runs in the training process.
     `check_gold(**columns, **args)` returns why the row's reference answer can't be used, or None. `check_args(**args)` likewise.
+    `runs_code=True` says that it runs what the model wrote: a recipe must then allow it (`allow_code_execution: true`).
+    `seconds` is the deadline of a row where the recipe gives no `timeout`.
     `warm_up()` is called in a worker before it takes rows: slow imports belong there, not into the first row's deadline.
     """
     return (lambda function: RowVerifier(function, **options)) if score is None else RowVerifier(score, **options)

@@ -53,6 +53,8 @@ class BoundFunction:
             "columns": [n for n in p.required if n not in settings],
             "safe": self.verifier is not None and self.verifier.safe,
             "checks_gold": self.verifier is not None and self.verifier.check_gold is not None,
+            "seconds": None if self.verifier is None else self.verifier.seconds,
+            "runs_code": self.verifier is not None and self.verifier.runs_code,
             "is_async": self.is_async,
         }
 

@@ -9,17 +9,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmrl.config.reward import RewardSpec
 from llmrl.errors import ConfigError, RewardError
 from llmrl.rewards.batch import accepted_columns, columns_of, sendable_columns
+from llmrl.rewards.combine import Combination
 from llmrl.rewards.inline import InlineRunner
 from llmrl.rewards.load import bind, default_name, is_builtin, resolve
 from llmrl.rewards.pool import WorkerPool
 from llmrl.rewards.session import RewardFunction, ScoringSession
 from llmrl.rewards.tally import Tally
 from llmrl.types import Prompt, Rollout, ScoredRollout
+
+if TYPE_CHECKING:
+    from llmrl.rewards.judged import JudgedReward
 
 ROW_SECONDS, BATCH_SECONDS, CALLABLE_SECONDS = 10.0, 60.0, 300.0
 ROW_MEMORY_GB = 4.0
@@ -42,8 +46,8 @@ class RewardRunner:
     """Loads reward functions once and scores rollouts with them.
 
     specs: from a recipe. reward_funcs: TRL's argument: callables (they run in this process), names, or (either, weight) pairs.
-    on_error and workers: see `llmrl.config.reward.RewardFields`. Reward models are loaded on `device`. Raises ConfigError and
-    RewardError for what can't be loaded.
+    on_error, workers, allow_code_execution, combine, gate_threshold: see `llmrl.config.reward.RewardFields`. Reward models are loaded on `device`. Raises
+    ConfigError and RewardError for what can't be loaded.
 
     Example:
         with RewardRunner([RewardSpec(function="math_answer")], on_error="stop", workers=2) as rewards:
@@ -52,9 +56,13 @@ class RewardRunner:
 
     def __init__(
         self, specs: Sequence[RewardSpec], *, reward_funcs: Any = (), on_error: Literal["stop", "skip"] = "stop", workers: int = 2,
-        device: str = "cpu",
+        device: str = "cpu", allow_code_execution: bool = False,
+        combine: Combination = "sum", gate_threshold: float = 0.5,
     ) -> None:  # fmt: skip
         self._on_error, self._workers, self._device = on_error, workers, device
+        self._allow_code = allow_code_execution
+        self._combine: Combination = combine
+        self._gate_threshold = gate_threshold
         self._inline, self._here = InlineRunner(), threading.Lock()
         self._functions: list[RewardFunction] = []
         # Also when nobody calls close(): the workers end with this object, or with the interpreter.
@@ -65,6 +73,10 @@ class RewardRunner:
             for item in _as_list(reward_funcs):
                 self._functions.append(self._adopt(item))
             self._check_names()
+            if combine == "gated" and len(self._functions) < 2:
+                raise ConfigError(
+                    f"combine: gated needs at least two rewards, of which the first is the gate; given {', '.join(self.names) or 'none'}"
+                )
         except BaseException:
             self.close()
             raise
@@ -85,7 +97,8 @@ class RewardRunner:
 
     @property
     def weights(self) -> list[float]:
-        return [f.weight for f in self._functions]
+        """The weights at step 0."""
+        return [f.weight_at(0) for f in self._functions]
 
     def score(
         self,
@@ -117,6 +130,8 @@ class RewardRunner:
             trainer_state,
             Tally() if tally is None else tally,
             stop=self._on_error == "stop",
+            combine=self._combine,
+            gate_threshold=self._gate_threshold,
         )
 
     def check_golds(self, prompts: Sequence[Prompt]) -> list[BadGold]:
@@ -128,6 +143,10 @@ class RewardRunner:
         columns = columns_of(prompts)
         for function in self._functions:
             accepted = accepted_columns(columns, function.name, function.description) if prompts else {}
+            if function.judge is not None:  # of a hybrid, too: the judge may read a reference that the rule can't
+                judged = [(p.id, function.judge.problem(p)) for p in prompts]
+                bad += [BadGold(row, function.name, why) for row, why in judged if why is not None]
+                continue
             if not function.description["checks_gold"]:
                 continue
             if function.bound is not None:
@@ -155,10 +174,16 @@ class RewardRunner:
 
             name = spec.name or "+".join(map(_model_name, spec.model))
             return RewardFunction(name, spec.weight, 0.0, _MODEL, model=LearnedReward(spec, self._device))
+        if spec.judge is not None and not spec.function:
+            name = spec.name or (PurePath(spec.rubric).stem if spec.rubric else "rubric")
+            return RewardFunction(name, spec.weight, 0.0, _MODEL, judge=_judged(spec, name))
         name = spec.name or default_name(spec.function)
+        judge = None if spec.judge is None else _judged(spec, name)
         bound = (
             resolve(spec.function, spec.args, name) if is_builtin(spec.function) or spec.isolate == "inline" else None
         )
+        if bound is not None:
+            self._check_code(name, bound.describe())
         here = spec.isolate == "inline" or (bound is not None and bound.describe()["safe"] and spec.isolate is None)
         if here:
             assert bound is not None
@@ -166,10 +191,22 @@ class RewardRunner:
         else:
             pool = self._start_pool(spec, name)
             description = pool.description
+            try:
+                self._check_code(name, description)
+            except ConfigError:
+                pool.close()
+                raise
             if description["rowwise"]:
                 pool.grow(self._workers)
-        seconds = spec.timeout or (ROW_SECONDS if description["rowwise"] else BATCH_SECONDS)
-        return RewardFunction(name, spec.weight, seconds, description, bound if here else None, pool)
+        seconds = spec.timeout or description["seconds"] or (ROW_SECONDS if description["rowwise"] else BATCH_SECONDS)
+        return RewardFunction(name, spec.weight, seconds, description, bound if here else None, pool, judge=judge)
+
+    def _check_code(self, name: str, description: Mapping[str, Any]) -> None:
+        if description["runs_code"] and not self._allow_code:
+            raise ConfigError(
+                f"reward function {name!r} runs programs that the model wrote, in a sandbox that is no boundary against a determined "
+                "attacker (docs/code.md). If this machine may do that, say `allow_code_execution: true` in the recipe"
+            )
 
     @staticmethod
     def _start_pool(spec: RewardSpec, name: str) -> WorkerPool:
@@ -192,6 +229,7 @@ class RewardRunner:
         inner = function.func if isinstance(function, functools.partial) else function
         name = getattr(inner, "__name__", None) or type(inner).__name__
         bound = bind(function, {}, name, name)
+        self._check_code(name, bound.describe())
         return RewardFunction(name, float(weight), CALLABLE_SECONDS, bound.describe(), bound)
 
     def _check_names(self) -> None:
@@ -208,6 +246,12 @@ def _as_list(reward_funcs: Any) -> list[Any]:
     return list(reward_funcs) if isinstance(reward_funcs, list | tuple) and not pair else [reward_funcs]
 
 
+def _judged(spec: RewardSpec, name: str) -> JudgedReward:
+    from llmrl.rewards.judged import JudgedReward  # here, since most runs have no judge
+
+    return JudgedReward(spec, name)
+
+
 def _model_name(model: str) -> str:
     """The name in metrics of a model: its directory's, or its run's where that is just `model`, as runs of llmrl write it."""
     path = PurePath(model)
@@ -218,5 +262,7 @@ def _close_all(functions: list[RewardFunction], inline: InlineRunner) -> None:
     for function in functions:
         if function.pool is not None:
             function.pool.close()
+        if function.judge is not None:
+            function.judge.close()
         function.model = None
     inline.close()

@@ -5,24 +5,26 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from llmrl.config.reward import WeightSchedule
 from llmrl.errors import RewardError
 from llmrl.rewards.base import FAILURES, Outcome, Result
 from llmrl.rewards.batch import RewardInputs
 from llmrl.rewards.call import BoundFunction
-from llmrl.rewards.combine import weighted_sum
+from llmrl.rewards.combine import Combination, combine_group
 from llmrl.rewards.inline import InlineRunner
 from llmrl.rewards.pool import Work, WorkerPool
 from llmrl.rewards.tally import Tally
 from llmrl.types import Prompt, Rollout, ScoredRollout
 
 if TYPE_CHECKING:
+    from llmrl.rewards.judged import JudgedReward, Judging
     from llmrl.rewards.learned import LearnedReward
 
 logger = logging.getLogger("llmrl.rewards")
@@ -34,15 +36,20 @@ TOLERATED_SHARE, ALWAYS_TOLERATED = 0.5, 3
 
 @dataclass
 class RewardFunction:
-    """One reward function of a run. Exactly one of `bound` (it runs here), `pool` (in workers) and `model` is set."""
+    """One reward function of a run. Exactly one of `bound` (it runs here), `pool` (in workers) and `model` is set, or `judge`
+    alone; a `judge` beside a function is asked where the function says no."""
 
     name: str
-    weight: float
+    weight: float | WeightSchedule
     seconds: float
     description: Mapping[str, Any]
     bound: BoundFunction | None = None
     pool: WorkerPool | None = None
     model: LearnedReward | None = None
+    judge: JudgedReward | None = None
+
+    def weight_at(self, step: int) -> float:
+        return self.weight if isinstance(self.weight, int | float) else self.weight.at(step)
 
 
 _Row = tuple[int, int]
@@ -56,6 +63,7 @@ class _Call:
     function: RewardFunction
     columns: Mapping[str, list[Any]]
     works: list[tuple[list[_Row], Work[Result]]] = field(default_factory=list)
+    judging: Judging | None = None
     blamed: bool = False  # set in the pool's thread, as `error` is
     error: BaseException | None = None
 
@@ -92,7 +100,10 @@ class ScoringSession:
     def __init__(
         self, functions: Sequence[RewardFunction], inline: InlineRunner, here: threading.Lock, prompts: Sequence[Prompt],
         trainer_state: Mapping[str, Any] | None, tally: Tally, *, stop: bool,
+        combine: Combination = "sum", gate_threshold: float = 0.5,
     ) -> None:  # fmt: skip
+        self._combine: Combination = combine
+        self._gate_threshold = gate_threshold
         self._inline, self._here, self._tally, self._stop = inline, here, tally, stop
         self._inputs = RewardInputs(prompts, trainer_state)
         tally.expect([f.name for f in functions])
@@ -100,6 +111,8 @@ class ScoringSession:
             _Call(f, self._inputs.columns(f.name, f.description, send=f.pool is not None) if prompts else {})
             for f in functions
         ]
+        for call in self._calls:
+            call.judging = None if call.function.judge is None else call.function.judge.open(prompts)
         self._count = len(prompts)
         self._added: dict[int, Sequence[Rollout]] = {}
         self._lock, self._over = threading.Lock(), False
@@ -116,6 +129,8 @@ class ScoringSession:
             for _, work in call.works:
                 assert call.function.pool is not None
                 call.function.pool.cancel(work)
+            if call.judging is not None:
+                call.judging.cancel()
 
     def add(self, index: int, group: Sequence[Rollout]) -> None:
         """Takes the finished group of prompt number `index` (an `OnGroup`); returns at once.
@@ -142,11 +157,10 @@ class ScoringSession:
         results = self._results(groups)
         for call, result in zip(self._calls, results, strict=True):
             self._account(call.function, result, rollouts)
-        scored = iter(self._scored(rollouts, results))
-        return [[next(scored) for _ in group] for group in groups]
+        return self._scored(groups, results)
 
     def _take(self, groups: Mapping[int, Sequence[Rollout]]) -> None:
-        """Hands the rows of these groups to the workers of row verifiers."""
+        """Hands the rows of these groups to the workers of row verifiers and to judges."""
         with self._lock:
             if self._over:
                 raise RewardError("this scoring session is over")
@@ -155,6 +169,9 @@ class ScoringSession:
                 raise RewardError(f"the group of prompt number {twice[0]} was added twice")
             self._added.update(groups)
             for call in self._calls:
+                for index, group in groups.items():
+                    if call.judging is not None:
+                        call.judging.add(index, group)
                 if call.streams and groups:
                     description = call.function.description
                     parts = [self._inputs.row_tasks(i, g, call.columns, description) for i, g in groups.items()]
@@ -205,6 +222,11 @@ class ScoringSession:
                 known = [r for _, r in call.known()]
                 results[call.function.name] = _merge(known) if call.streams else call.works[0][1].results[0]
                 self._tally.spend(call.function.name, call.seconds())
+        for call in self._calls:
+            if call.judging is not None:
+                name = call.function.name
+                results[name] = call.judging.finish(groups, results.get(name))
+                self._tally.spend(name, call.judging.seconds)
         return [results[call.function.name] for call in self._calls]
 
     def _run_here(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, Result]:
@@ -215,7 +237,7 @@ class ScoringSession:
                 task = self._inputs.batch_task(groups, call.columns, description)
                 begun = time.monotonic()
                 finishers.append((call.function.name, begun, self._inline.start(bound, task, call.function.seconds)))
-            elif call.function.pool is None:
+            elif bound is not None or call.function.model is not None:
                 finishers.append((call.function.name, None, partial(self._run_sync, call, groups)))
         results = {}
         for name, started, finish in finishers:
@@ -238,18 +260,29 @@ class ScoringSession:
             return _merge([bound.run(task) for task in tasks])
         return _merge([self._inline.run(bound, task, seconds) for task in tasks])
 
-    def _scored(self, rollouts: Sequence[Rollout], results: Sequence[Result]) -> Iterator[ScoredRollout]:
+    def _scored(self, groups: Sequence[Sequence[Rollout]], results: Sequence[Result]) -> list[list[ScoredRollout]]:
         functions = [call.function for call in self._calls]
-        weights = [f.weight for f in functions]
-        for i, rollout in enumerate(rollouts):
-            outcomes = {f.name: r.outcomes[i] for f, r in zip(functions, results, strict=True)}
-            yield ScoredRollout(
-                rollout=rollout,
-                reward=weighted_sum([o.value for o in outcomes.values()], weights),
-                parts={name: o.value for name, o in outcomes.items()},
-                outcomes={name: o.kind for name, o in outcomes.items()},
-                extra={column: values[i] for r in results for column, values in r.extra.items()},
+        step = int(self._inputs.trainer_state.get("global_step") or 0)
+        weights = [f.weight_at(step) for f in functions]
+        scored, end = [], 0
+        for group in groups:
+            places = range(end, end + len(group))
+            end += len(group)
+            rows = [[r.outcomes[i].value for r in results] for i in places]
+            rewards = combine_group(rows, weights, self._combine, self._gate_threshold)
+            scored.append(
+                [
+                    ScoredRollout(
+                        rollout=rollout,
+                        reward=reward,
+                        parts={f.name: r.outcomes[i].value for f, r in zip(functions, results, strict=True)},
+                        outcomes={f.name: r.outcomes[i].kind for f, r in zip(functions, results, strict=True)},
+                        extra={column: values[i] for r in results for column, values in r.extra.items()},
+                    )
+                    for i, rollout, reward in zip(places, group, rewards, strict=True)
+                ]
             )
+        return scored
 
     def _account(self, function: RewardFunction, result: Result, rollouts: Sequence[Rollout]) -> None:
         """Counts, logs, and raises where the policy says so."""
