@@ -91,7 +91,10 @@ def evaluate_model(config: EvalConfig, *, progress: bool = False) -> EvalResult:
     from llmrl.train.launch import local_device
 
     rows = load_rows(config.data, seed=0)  # the same problems whatever the sampling seed
-    with RewardRunner([config.scorer], on_error="skip", workers=2, device=local_device()) as scorer:
+    allowed = config.allow_code_execution
+    with RewardRunner(
+        [config.scorer], on_error="skip", workers=2, device=local_device(), allow_code_execution=allowed
+    ) as scorer:
         tokenizer, engine = _engine(config)
         prompts, report = prompts_from_rows(
             rows,

@@ -24,7 +24,9 @@ def try_rewards(config: SamplingConfig, console: Console, prompts: Sequence[Prom
     """Tries the rewards on the reference answers of a few rows, on a wrong answer and on an empty one."""
     problems: list[str] = []
     device = local_device()
-    with RewardRunner(config.rewards, on_error="skip", workers=config.reward_workers, device=device) as runner:
+    with RewardRunner(
+        config.rewards, on_error="skip", workers=config.reward_workers, device=device, allow_code_execution=config.allow_code_execution,
+    ) as runner:  # fmt: skip
         bad = runner.check_golds(prompts)
         references = {p.id: gold for p in prompts[:SEARCHED_ROWS] if (gold := _reference(p)) is not None}
         chosen = [p for p in prompts if p.id in references or not references][:TRIED_ROWS]

@@ -31,6 +31,9 @@ class EvalConfig(Recipe, ModelFields, SamplingFields):
     scorer: RewardSpec = Field(
         RewardSpec(function="math_answer"), description="what judges a completion: a reward function"
     )
+    allow_code_execution: bool = Field(
+        False, description="let the scorer run programs that the model wrote, in a sandbox (docs/code.md)"
+    )
     threshold: float = Field(0.5, description="a completion is right when the scorer gives at least this")
     system_prompt: str | None = Field(
         None, description="put before conversations that have none; makes a conversation of a plain prompt"
