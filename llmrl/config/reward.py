@@ -95,6 +95,8 @@ class RewardSpec(Strict):
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
         judged = self.judge is not None
+        if not judged and (self.rubric or self.rubric_column):
+            raise ValueError("a rubric needs a `judge` (base_url and model) that grades by it")
         if bool(self.function) + bool(self.model) + (judged and not self.function) != 1:
             raise ValueError(
                 "give a `function` (a name or path), a `model` (a reward model) or a `judge` with a `rubric`, one of the three; only a "
@@ -102,8 +104,6 @@ class RewardSpec(Strict):
             )
         if judged and not (self.function or self.rubric or self.rubric_column):
             raise ValueError("a judge needs a `rubric` (a YAML file) or a `rubric_column` to grade by")
-        if not judged and (self.rubric or self.rubric_column):
-            raise ValueError("a rubric needs a `judge` (base_url and model) that grades by it")
         if judged and not self.function and (self.args or self.isolate or self.memory_gb or self.timeout):
             raise ValueError(
                 "args, isolate, memory_gb and timeout are of functions; a judge has its own, `judge.deadline`"
