@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from llmrl.config.rubric import Criterion, Rubric
-from llmrl.rewards.base import SCORE, Outcome
+from llmrl.rewards.base import NOT_APPLICABLE, SCORE, Outcome
 
 EQUIVALENCE = Rubric(
     criteria=[
@@ -48,5 +48,7 @@ def acceptable(answer: str, reference: str) -> bool:
 
 
 def says_no(outcome: Outcome) -> bool:
-    """Whether a rule gave nothing, or could not say."""
-    return outcome.kind != SCORE or (outcome.value or 0.0) <= 0.0
+    """Whether a rule gave nothing, does not apply, or was brought down by the row. One that fails by itself wants mending."""
+    if outcome.kind == SCORE:
+        return (outcome.value or 0.0) <= 0.0
+    return outcome.kind == NOT_APPLICABLE or outcome.row_caused
