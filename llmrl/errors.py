@@ -1,5 +1,12 @@
 """Errors that llmrl raises on purpose. Each message says what was given, why it can't work and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+
 
 class LLMRLError(Exception):
     """Base of every error that llmrl raises on purpose."""
@@ -27,3 +34,20 @@ class RewardError(LLMRLError):
 
 class DivergenceError(LLMRLError):
     """Training left the finite numbers, or sampler and trainer disagree beyond the bound."""
+
+
+def together(action: Callable[[], R], gather: Callable[[Any], list[Any]]) -> R:
+    """`action()`; when it fails on one process, all of them raise, so that none waits for the others until the time limit.
+
+    `gather` gives every process's value, by rank, on every process. The process that failed raises its own error, the others an
+    LLMRLError that says whose error it was.
+    """
+    try:
+        result = action()
+    except Exception as error:
+        gather(f"{type(error).__name__}: {error}")
+        raise
+    failed = {rank: text for rank, text in enumerate(gather(None)) if text is not None}
+    if failed:
+        raise LLMRLError("; ".join(f"process {rank} failed: {text}" for rank, text in failed.items()))
+    return result

@@ -18,10 +18,9 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llmrl.errors import DataError
+from llmrl.errors import DataError, together
 from llmrl.evaluation.metrics import accuracy_interval, mean_interval, mean_pass_at_k
 from llmrl.experience.collect import Scorer
-from llmrl.train.collectives import together
 from llmrl.types import Prompt, RolloutEngine, Sampling, ScoredRollout
 
 _FAILURES = ("malformed", "timeout", "error")

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
+from llmrl.errors import together
 from llmrl.rewards.tally import Tally
-from llmrl.train.collectives import together
 from llmrl.types import Prompt, Rollout, RolloutEngine, Sampling, ScoredRollout
 
 Gather = Callable[[Any], list[Any]]

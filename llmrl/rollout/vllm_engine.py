@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llmrl.config.rollout import RolloutSettings
-from llmrl.errors import RolloutError
+from llmrl.errors import RolloutError, together
 from llmrl.rollout.vllm_answers import Answer, Reader, Weights, request_body
 from llmrl.rollout.vllm_client import ServerError, ServerFault, ServerGone, ServerRefused, VLLMServer, find_token
 from llmrl.rollout.vllm_fleet import Fleet, Member
@@ -78,7 +78,7 @@ class VLLMServerEngine:
         self._numbers = count()
         self._resent = 0
         self.run_id: str = gather(secrets.token_hex(4))[0]
-        self._fleet = self._together(lambda: self._open(model, world_size, progress))
+        self._fleet = together(lambda: self._open(model, world_size, progress), gather)
         described = self._fleet.descriptions
         self.max_model_len = min(int(d["max_model_len"]) for d in described.values())
         self.dtype: torch.dtype | None = getattr(torch, str(described[self._fleet.members[0].url]["dtype"]), None)
@@ -234,7 +234,7 @@ class VLLMServerEngine:
                 "max_lora_rank": min(d.get("max_lora_rank") or 0 for d in fleet.descriptions.values()),
             }
             servers = [m.server for m in fleet.members]
-            self._transfer = self._together(
+            self._transfer = together(
                 lambda: make_transfer(
                     self.settings,
                     servers,
@@ -242,10 +242,11 @@ class VLLMServerEngine:
                     output_dir=self.output_dir,
                     weights=weights,
                     describe=described,
-                )
+                ),
+                self._gather,
             )
             fleet.resend = self._transfer.resend if sender else None
-        members = self._together(lambda: fleet.reachable() if sender else [])
+        members = together(lambda: fleet.reachable() if sender else [], self._gather)
 
         def send() -> dict[str, Any]:
             with fleet.exclusive:
@@ -326,6 +327,8 @@ class VLLMServerEngine:
     def close(self) -> None:
         """Closes connections and what the transfer holds; may be called twice."""
         transfer, self._transfer = self._transfer, None
+        for member in self._fleet.members:
+            member.server.hang_up()  # what resends weights in another thread ends, and with it the lock
         try:
             if transfer is not None:
                 with self._fleet.exclusive:
@@ -336,24 +339,9 @@ class VLLMServerEngine:
     def _request_id(self) -> str:
         return f"{self.run_id}-{self.rank}-{next(self._numbers)}"
 
-    def _together(self, action: Callable[[], Any]) -> Any:
-        """`action()` of each process; all raise when one fails, so that none waits for the others until the time limit."""
-        result, error = None, None
-        try:
-            result = action()
-        except Exception as caught:
-            error = caught
-        errors = self._gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        failed = [f"process {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
-        if failed:
-            raise RolloutError("; ".join(failed))
-        return result
-
     def _shared(self, action: Callable[[], Any]) -> Any:
-        """The first process's `action()`, a JSON value, on all of them; they raise as in `_together`."""
-        mine = self._together(action)
+        """The first process's `action()`, a JSON value, on all of them; all raise when it fails."""
+        mine = together(action, self._gather)
         return self._gather(mine)[0]
 
 

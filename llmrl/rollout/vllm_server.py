@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import importlib.util
 import ipaddress
@@ -96,6 +97,7 @@ def launch(options: ServeOptions) -> NoReturn:
     """
     plan = prepare(options, os.environ)
     if plan.token_written:
+        claim(plan.token_written)
         write_token(plan.token_written, plan.environment[TOKEN_VARIABLE])
     print(f"llmrl: starting vLLM with {options.model} at {plan.url}; token: {plan.token_from}", flush=True)
     os.execve(plan.command[0], plan.command, plan.environment)
@@ -121,6 +123,27 @@ def prepare(options: ServeOptions, environ: Mapping[str, str]) -> Launch:
         token_from=token_from,
         token_written=written,
     )
+
+
+def claim(path: Path) -> None:
+    """Keeps a token file for this process and the server that it becomes, so that no second one writes over it while this one loads.
+
+    Raises ConfigError when another server has it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"another `llmrl serve` on this port is loading or running: its token is in {path}. Choose another --port, or end that one"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"the token file {path} can't be kept for this server: {error}; give another --token-file"
+        ) from error
+    os.set_inheritable(descriptor, True)  # held until the server ends
 
 
 def write_token(path: Path, token: str) -> None:

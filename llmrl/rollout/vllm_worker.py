@@ -109,9 +109,14 @@ class WeightProof:
     rank: int
 
     def llmrl_weights(self) -> dict[str, Any]:
-        """Number, bytes and fingerprint (`llmrl.rollout.fingerprint`) of the parameters in this worker's memory now."""
-        named = self.model_runner.get_model().named_parameters()
-        return fingerprint(parameter for _, parameter in named).to_json()
+        """Number, bytes and fingerprint (`llmrl.rollout.fingerprint`) of the parameters in this worker's memory now.
+
+        Raises RuntimeError while an update is under way: another run's, or one that broke off.
+        """
+        parameters = list(self.model_runner.get_model().parameters())
+        if any(parameter.is_meta for parameter in parameters):
+            raise RuntimeError("a weight update of this server is under way, so its weights can't be read")
+        return fingerprint(parameters).to_json()
 
     def llmrl_received(self) -> dict[str, Any]:
         """The fingerprint of the tensors that this worker read in its last update; empty where the transfer does not count them."""

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llmrl.errors import ConfigError, DivergenceError
+from llmrl.errors import ConfigError, DivergenceError, together
 from llmrl.models.weights import ModelWeights
-from llmrl.train.collectives import TIMEOUT, Collectives, reduce_stats, together
+from llmrl.train.collectives import TIMEOUT, Collectives, reduce_stats
 from llmrl.train.launch import check_launcher, check_world_size
 from llmrl.train.optim import build_optimizer, learning_rate_at, load_optimizer_tensors, optimizer_tensors
 from llmrl.train.state import rng_state, seed_everything, set_rng_state
@@ -171,7 +171,7 @@ class Backend(Collectives):
         return results[: len(microbatches)]
 
     def together(self, action: Callable[[], R]) -> R:
-        """`action()` on every process; all raise when one fails (`collectives.together`)."""
+        """`action()` on every process; all raise when one fails (`errors.together`)."""
         return together(action, self.gather_json)
 
     def policy_weights(self) -> PolicyWeights:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 
 from llmrl.errors import LLMRLError
-
-R = TypeVar("R")
 
 TIMEOUT = timedelta(minutes=60)  # a rank may wait for the slowest rollout, or for rank 0 to write a large checkpoint
 
@@ -103,22 +101,6 @@ class Collectives:
             raise LLMRLError(
                 f"rank {self.rank} of {self.world_size} waited {timeout} at a barrier; another process died or hangs: {error}"
             ) from error
-
-
-def together(action: Callable[[], R], gather: Callable[[Any], list[Any]]) -> R:
-    """`action()`; when it fails on one process, all of them raise, so that none waits for the others until the time limit.
-
-    The process that failed raises its own error, the others an LLMRLError that says whose error it was.
-    """
-    try:
-        result = action()
-    except Exception as error:
-        gather(f"{type(error).__name__}: {error}")
-        raise
-    failed = {rank: text for rank, text in enumerate(gather(None)) if text is not None}
-    if failed:
-        raise LLMRLError("; ".join(f"process {rank} failed: {text}" for rank, text in failed.items()))
-    return result
 
 
 def reduce_stats(parts: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:

@@ -82,7 +82,8 @@ def test_every_step_is_sampled_with_the_weights_of_that_step(kind, fake, tiny_mo
 
 
 @pytest.mark.parametrize(
-    "fault", ["drop_update", "lose_tensor", "half_update", "restore_stale", "stale_prefix", "wrong_label", "wrong_model"]
+    "fault",
+    ["drop_update", "lose_tensor", "half_update", "restore_stale", "stale_prefix", "wrong_label", "wrong_model"],
 )
 def test_a_server_without_the_weights_stops_the_run_at_that_step(fault, fake, tiny_model_dir, tmp_path):
     def break_it():
@@ -141,7 +142,7 @@ def test_a_server_that_dies_in_the_middle_costs_nothing(fake, tiny_model_dir, tm
 
 def test_no_server_left_stops_in_bounded_time_and_the_run_continues_later(fake, tiny_model_dir, tmp_path):
     settings = {"rollout": {"start_timeout": 1}}
-    with pytest.raises(RolloutError, match="127.0.0.1"):
+    with pytest.raises(RolloutError, match=r"127\.0\.0\.1"):
         run(tiny_model_dir, tmp_path, [fake], callbacks=[At(3, fake.kill)], **settings)
     assert (tmp_path / "checkpoints" / "step_00000003").is_dir()
     drawn = []

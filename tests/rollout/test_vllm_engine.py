@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llmrl.config.rollout import RolloutSettings
-from llmrl.errors import ConfigError, RolloutError, SyncError
+from llmrl.errors import ConfigError, LLMRLError, RolloutError, SyncError
 from llmrl.rollout import vllm_fleet
 from llmrl.rollout.vllm_answers import Reader, Weights
 from llmrl.rollout.vllm_client import ServerRefused
@@ -225,9 +225,15 @@ def test_a_request_that_waited_during_a_sync_counts_as_of_the_weights_it_asked_f
 
 def test_ctrl_c_ends_the_call_quickly(fake, tiny_tokenizer, tmp_path):
     fake.fail(GENERATE, "hang", times=None, seconds=60)
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def interrupt():
+        while not fake.count(GENERATE):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
     start = time.monotonic()
     with engine_of([fake], tiny_tokenizer, tmp_path) as engine, pytest.raises(KeyboardInterrupt):
+        threading.Thread(target=interrupt, daemon=True).start()
         engine.generate(PROMPTS, 2, Sampling(4))
     assert time.monotonic() - start < 20
 
@@ -397,7 +403,7 @@ def test_a_sync_that_fails_on_the_first_process_fails_on_all(fake, tiny_tokenize
 
     one, two = processes.run(act)
     assert isinstance(one, SyncError)
-    assert isinstance(two, RolloutError) and "process 0: SyncError" in str(two)
+    assert isinstance(two, LLMRLError) and "process 0 failed: SyncError" in str(two)
 
 
 def test_a_server_that_restarts_under_another_process_is_given_the_weights_by_the_first(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import subprocess
 import sys
 import time
 import types
@@ -13,9 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from llmrl.errors import LLMRLError
+from llmrl.errors import ConfigError, LLMRLError
 from llmrl.rollout import vllm_plugin
 from llmrl.rollout.vllm_auth import RequireToken
+from llmrl.rollout.vllm_server import claim
 from tests.servers import make_server, require_vllm
 
 TOKEN = "a-token-of-enough-characters"
@@ -297,3 +299,16 @@ def test_a_server_that_is_killed_leaves_no_process_behind(vllm_model, tmp_path):
         server.crash()
     finally:
         server.stop()
+
+
+def test_a_second_server_does_not_take_the_first_ones_token_file(tmp_path):
+    code = "import sys; from pathlib import Path; from llmrl.rollout.vllm_server import claim; claim(Path(sys.argv[1])); print('mine', flush=True); input()"
+    path = tmp_path / "tokens" / "token-8000"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout.readline() == b"mine\n"
+        with pytest.raises(ConfigError, match="another `llmrl serve`"):
+            claim(path)
+        first.communicate(b"\n")
+    claim(path)  # the first has ended
