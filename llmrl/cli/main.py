@@ -27,6 +27,7 @@ COMMANDS = {
         "a run that must change nothing: does the engine sample with the trainer's weights?",
     ),
     "check": ("llmrl.cli.check", "what a recipe would do: rows, masks, lengths, batches, rewards, memory"),
+    "audit-verifier": ("llmrl.cli.audit", "a verifier against labelled answers: agreement, precision, recall"),
     "serve": ("llmrl.cli.serve", "a vLLM server that training samples from; --check looks at one that runs"),
     "init-model": ("llmrl.cli.init_model", "a small model from scratch, with a tokenizer trained on your files"),
     "merge": ("llmrl.cli.merge", "a LoRA adapter merged into its base model"),
@@ -36,7 +37,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of `llmrl --help`."""
-    commands = "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<16}{text}" for name, (_, text) in COMMANDS.items())
     return f"""usage: llmrl COMMAND ...
 
 {commands}

@@ -9,11 +9,13 @@ from typing import Any
 
 from llmrl.errors import DataError
 
+MAX_BOXES = 64
 MAX_NUMBER = 400  # characters of what is read as a plain number
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?")
 _NUMBER_FIRST = re.compile(r"[-+]?\s*[$€£]?\s*(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?")
 _IN_TEXT = re.compile(r"(?<![\w.,])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)?(?:\.\d+)?(?=$|\D)")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
+_BETWEEN_BOXES = re.compile(r"(?:[\s,;$.]|\\[()\[\],; ]|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|\\q?quad)*")
 _MARKER = re.compile(r"(?:(?:final )?answer(?: is)?[*_]*[:：][*_]*|answer is[*_]*|####)", re.IGNORECASE)
 # A word after a number that makes it another number: such an answer is not "a number and its unit".
 _NOT_UNITS = re.compile(
@@ -50,6 +52,46 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def all_boxed(text: str) -> list[str] | None:
+    r"""The contents of all closed boxes that are not inside another, in order; None when the text has too many to be answers."""
+    out: list[str] = []
+    end = -1
+    for box in _BOX.finditer(text):
+        if box.start() < end:
+            continue
+        if len(out) == MAX_BOXES:
+            return None
+        if text[box.end() : box.end() + 8].lstrip().startswith("{"):
+            opening = text.index("{", box.end())
+            content = _braced(text, opening, len(text))
+            if content is None:
+                return out
+            out.append(content)
+            end = opening + len(content) + 2
+    return out
+
+
+def _joined_boxes(text: str) -> str | None:
+    r"""The last boxes of the text as one list, where nothing but commas, "and" and "or" stands between them; None for a single box."""
+    last = list(_BOX.finditer(text))[-MAX_BOXES:]
+    if len(last) < 2:
+        return None
+    run: list[str] = []
+    end = -1
+    for box in last:
+        opening = text.find("{", box.end(), box.end() + 8)
+        content = _braced(text, opening, len(text)) if opening >= 0 else None
+        if content is None:
+            return None
+        if box.start() < end:
+            continue
+        if not _BETWEEN_BOXES.fullmatch(text, end, box.start()) if end >= 0 else False:
+            run = []
+        run.append(content)
+        end = opening + len(content) + 2
+    return ", ".join(run) if len(run) > 1 else None
+
+
 def _braced(text: str, opening: int, end: int) -> str | None:
     depth = 0
     for brace in re.finditer(r"\\.|[{}]", text[opening:end], re.DOTALL):
@@ -64,7 +106,7 @@ def marked_answer(text: str) -> str | None:
     r"""The final answer that the text marks as such: the last `\boxed{}`, `<answer></answer>`, or line after "Answer:", "answer is", "####"."""
     boxed = last_boxed(text)
     if boxed is not None:
-        return boxed
+        return _joined_boxes(text) or boxed
     close = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, close) if close >= 0 else -1
     if start >= 0:
@@ -171,8 +213,8 @@ def gold_answer(columns: Mapping[str, Any], column: str | None) -> str:
             f"a reference answer is a text or a number; this one is a {type(value).__name__}: {str(value)[:80]}"
         )
     text = str(value).strip()
-    answer = marked_answer(text) if any(m in text for m in (r"\boxed", r"\fbox", "####", "<answer>")) else None
-    answer = text if answer is None else answer
+    answer = marked_answer(text) if any(m in text for m in (r"\boxed", r"\fbox", "####", "<answer>", "nswer")) else None
+    answer = unwrap(text if answer is None else answer)
     if not unwrap(answer):
         raise DataError("the reference answer is empty")
     # A worked solution without a mark: parsing all of it as one formula would be slow, and right by accident only.

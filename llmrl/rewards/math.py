@@ -1,7 +1,8 @@
 r"""The math verifier: does the final answer equal the reference, as mathematics?
 
-Comparison is math-verify's. Its own time limits (signals, which fail outside the main thread) are off: the runner kills a worker
-that is late. Numbers too large to be an answer are refused before sympy would try to compute them.
+Texts and exact numbers are compared first, then parsed answers by their values (`math_equal`). What our parser does not read goes to
+math-verify. Its own time limits (signals, which fail outside the main thread) are off: the runner kills a worker that is late. Numbers
+too large to be an answer are refused before anything would try to compute them.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from fractions import Fraction
 from typing import Any
 
 from llmrl.errors import DataError
-from llmrl.rewards.answer import final_answer, gold_answer, number_with_unit, same_text
+from llmrl.rewards.answer import all_boxed, final_answer, gold_answer, number_of, number_with_unit, same_text
 from llmrl.rewards.base import row_verifier
+from llmrl.rewards.math_equal import equal
+from llmrl.rewards.math_parse import Node
+from llmrl.rewards.math_read import Reading, first_answer, reading, spoken_answer
 
 # An answer may be this much longer than its reference; longer ones are no final answers, and slow to parse.
 EXTRA_CHARACTERS = 500
@@ -22,14 +27,14 @@ EXTRA_CHARACTERS = 500
 def check_gold(*, column: str | None = None, **columns: Any) -> str | None:
     """Why the row's reference answer can't be verified against, or None."""
     try:
-        gold = gold_answer(columns, column)
+        gold = _gold(columns, column)
     except DataError as error:
         return str(error)
-    if number_with_unit(gold) is not None:
+    if number_with_unit(gold) is not None or reading(gold).read:
         return None
     parsed = _parse_gold(gold)
     if not parsed:
-        return f"math-verify can't parse the reference answer {gold[:80]!r}"
+        return f"neither llmrl nor math-verify can parse the reference answer {gold[:80]!r}"
     return (
         None if _equal(parsed, parsed) else f"the reference answer {gold[:80]!r} does not equal itself for math-verify"
     )
@@ -37,36 +42,113 @@ def check_gold(*, column: str | None = None, **columns: Any) -> str | None:
 
 def _warm_up() -> None:
     _parse(r"\frac{1}{2}")
+    equivalent(r"\sqrt{2}", r"\sqrt{3}")
 
 
 @row_verifier(check_gold=check_gold, warm_up=_warm_up)
 def math_answer(completion: str, *, column: str | None = None, **columns: Any) -> float | None:
     r"""1.0 when the final answer equals the reference as mathematics, else 0.0; None when the row has no usable reference.
 
-    The final answer is the last closed `\boxed{}`, `<answer></answer>`, or what follows "Answer:" or "####"; for a numeric reference
-    also the last number of the text. `column`: where the reference is; default `answer`, else `solution`, of which the last
-    `\boxed{}` or what follows "####" counts.
+    The final answer is the last closed `\boxed{}` (several joined by commas or "and" are a set), `<answer></answer>`, or what follows
+    "Answer:" or "####"; else the whole text if it is a formula, its last `$...$`, what its last sentence ends with, and for a numeric
+    reference the last number. `column`: where the reference is; default `answer`, else `solution`, of which the last `\boxed{}` or
+    what follows "####" counts.
 
     Example: math_answer.score(r"so \boxed{\frac{2}{4}}", answer="0.5") -> 1.0
     """
     try:
-        gold = gold_answer(columns, column)
+        gold = _gold(columns, column)
     except DataError:
         return None
-    number = number_with_unit(gold)
-    answer = final_answer(completion, numeric=number is not None)
+    answer = _answer(completion, gold)
     if answer is None:
         return 0.0
+    verdict = equivalent(gold, answer)
+    if verdict is False and (boxes := all_boxed(completion)) is not None and len(boxes) > 1:
+        # Several boxes are a set, wherever they stand; one box among others is no hedge, since only the last is the answer.
+        trees = reading(gold).whole
+        if trees and trees[0][0] in ("seq", "set", "or", "and"):
+            verdict = equivalent(gold, ", ".join(boxes))
+    return None if verdict is None else float(verdict)
+
+
+def _gold(columns: dict[str, Any], column: str | None) -> str:
+    gold = gold_answer(columns, column)
+    if number_of(gold) is not None or reading(gold).read:
+        return gold
+    if len(re.findall(r"[A-Za-z]{2,}", gold)) >= 3 and (found := spoken_answer(gold)) is not None:
+        return found
+    return gold
+
+
+def _answer(completion: str, gold: str) -> str | None:
+    marked = final_answer(completion, numeric=False)
+    if marked is not None:
+        if number_of(marked) is not None or len(marked) > 600 or "\\boxed" in completion or reading(marked).read:
+            return marked
+        return first_answer(marked) or marked
+    if r"\boxed" in completion or r"\fbox" in completion:
+        return None  # cut off inside its box
+    if (found := spoken_answer(completion)) is not None:
+        return found
+    return final_answer(completion, numeric=number_with_unit(gold) is not None)
+
+
+def equivalent(gold: str, answer: str) -> bool | None:
+    """Whether an answer that has been extracted equals the reference; None when the reference can't be read. Not symmetric: see `docs`."""
     if same_text(answer, gold):
-        return 1.0
-    if number is not None and (value := number_with_unit(answer)) is not None:
-        return float(value == number)
+        return True
+    numbers = number_of(gold), number_of(answer)
+    if numbers[0] is not None and numbers[1] is not None:
+        return numbers[0] == numbers[1] or _same_decimals(numbers[0], numbers[1], gold, answer)
+    if len(answer) > len(gold) + EXTRA_CHARACTERS:
+        return False
+    ours, theirs = reading(gold), reading(answer)
+    verdict = _read_equal(ours, theirs)
+    if verdict is not None:
+        return verdict
+    scaled = number_with_unit(gold), number_with_unit(answer)
+    if scaled[0] is not None and scaled[1] is not None:
+        return scaled[0] == scaled[1]
     parsed_gold = _parse_gold(gold)
     if not parsed_gold:
+        return False if ours.read else None
+    return verify_parsed(parsed_gold, answer)
+
+
+def _same_decimals(gold: Fraction, answer: Fraction, *texts: str) -> bool:
+    """Floating point noise: 0.30000000000000004 is 0.3."""
+    return any("." in t for t in texts) and abs(gold - answer) <= abs(gold) / 10**9
+
+
+def _read_equal(gold: Reading, answer: Reading) -> bool | None:
+    """The verdict on two readings; None where one was not understood, or where they can only be compared symbolically."""
+    if gold.choice is not None and answer.choice is not None:
+        return gold.choice == answer.choice
+    if gold.words is not None or answer.words is not None:
+        if gold.words is not None and answer.words is not None:
+            return gold.words == answer.words or (bool(gold.whole) and bool(answer.whole))
+        if not (gold.whole and answer.whole):
+            return False if gold.read and answer.read else None
+    if not ((gold.whole or gold.bare) and (answer.whole or answer.bare)):
         return None
-    if len(answer) > len(gold) + EXTRA_CHARACTERS:
-        return 0.0
-    return float(verify_parsed(parsed_gold, answer))
+    verdicts = [equal(g, a) for g in gold.whole for a in answer.whole]
+    if True in verdicts:
+        return True
+    if gold.bare is not gold.whole or answer.bare is not answer.whole:
+        verdicts += [_unit_equal(gold, g, answer, a) for g in gold.bare for a in answer.bare]
+    return True if True in verdicts else None if None in verdicts or not verdicts else False
+
+
+def _unit_equal(gold: Reading, gold_tree: Node, answer: Reading, answer_tree: Node) -> bool | None:
+    """Units count when both sides name one: then they must measure the same, and 1 m is 100 cm."""
+    if gold.unit is not None and answer.unit is not None:
+        if gold.unit[0] != answer.unit[0]:
+            return False
+        if gold.unit[1] != answer.unit[1]:
+            gold_tree = ("mul", gold_tree, ("num", gold.unit[1], None))
+            answer_tree = ("mul", answer_tree, ("num", answer.unit[1], None))
+    return equal(gold_tree, answer_tree)
 
 
 def verify_parsed(gold: list[Any], answer: str) -> bool:

@@ -1,0 +1,58 @@
+"""The names and signs that the answer parser knows."""
+
+from __future__ import annotations
+
+import re
+
+FUNCTIONS = (
+    "arcsinh", "arccosh", "arctanh", "arcsin", "arccos", "arctan", "arccot", "arcsec", "arccsc", "arsinh", "arcosh",
+    "artanh", "asinh", "acosh", "atanh", "asin", "acos", "atan", "sinh", "cosh", "tanh", "coth", "sech", "csch",
+    "sin", "cos", "tan", "cot", "sec", "csc", "cosec", "log", "ln", "lg", "exp", "sqrt", "cbrt", "abs", "floor",
+    "ceiling", "ceil", "sgn", "sign", "max", "min", "gcd", "lcm", "det", "Re", "Im", "binomial", "binom", "factorial",
+)  # fmt: skip
+ALIASES = {
+    "asin": "arcsin", "acos": "arccos", "atan": "arctan", "asinh": "arcsinh", "acosh": "arccosh", "atanh": "arctanh", "arsinh": "arcsinh",
+    "arcosh": "arccosh", "artanh": "arctanh", "cosec": "csc", "ceiling": "ceil", "binomial": "binom", "sign": "sgn", "lg": "log10",
+}  # fmt: skip
+GREEK = (
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
+    "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi",
+    "Sigma", "Phi", "Psi", "Omega", "ell", "hbar", "aleph",
+)  # fmt: skip
+PLAIN_NAMES = sorted(
+    [*FUNCTIONS, "pi", *(g for g in GREEK if len(g) > 3), "phi", "psi", "tau", "rho"], key=len, reverse=True
+)
+RELATIONS = {"=": "=", "<": "<", ">": ">", r"\leq": "<=", r"\geq": ">=", r"\neq": "!=", r"\approx": "=", r"\equiv": "=", r"\in": "in", r"\to": "=", r"\Rightarrow": "=", r"\implies": "="}  # fmt: skip
+SETS = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "setminus"}
+DECORATIONS = {"bar", "hat", "vec", "dot", "ddot", "tilde", "overline", "overrightarrow", "underline", "mathbf", "mathbb", "widehat", "angle", "triangle", "nabla", "partial"}  # fmt: skip
+ENGLISH = {
+    "is",
+    "it",
+    "so",
+    "we",
+    "of",
+    "if",
+    "the",
+    "are",
+    "not",
+    "for",
+    "all",
+    "any",
+    "has",
+    "its",
+    "per",
+    "one",
+    "but",
+    "was",
+}
+PLUS = ("+", "-", r"\pm", r"\mp")
+STOPS = {r"\lor", r"\land", r"\mid", r"\rangle", r"\rfloor", r"\rceil", r"\end", r"\pm", r"\mp", r"\times", r"\cdot", r"\\", r"\}", *RELATIONS, *SETS}  # fmt: skip
+CLOSERS = {"(": ")]", "[": ")]", r"\{": (r"\}",), r"\langle": (r"\rangle",)}
+
+
+def is_word(run: str) -> bool:
+    """Whether a run of letters is a word, and no product of symbols: longer ones are, but for names of segments and the like of abcd."""
+    if run.lower() in ENGLISH:
+        return True
+    rest = re.sub("|".join(PLAIN_NAMES), "", run)
+    return len(rest) >= 4 and not rest.isupper() and list(rest) != sorted(rest)
