@@ -232,6 +232,7 @@ def same_text(a: str, b: str) -> bool:
 def _canonical(answer: str) -> str:
     text = _STYLED.sub(r"\1", unwrap(answer))
     text = text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").replace(r"\left", "").replace(r"\right", "")
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "_", text)  # 2 1/2 is not 21/2
     text = re.sub(r"\\[,;:!]|\\ |\s|~", "", text).replace("−", "-")
     # Single letters are names of variables, in which case matters; words are not.
     return text.lower() if re.fullmatch(r"[A-Za-z]{2,}", text) else text

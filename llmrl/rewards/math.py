@@ -60,6 +60,8 @@ def math_answer(completion: str, *, column: str | None = None, **columns: Any) -
         gold = _gold(columns, column)
     except DataError:
         return None
+    if len(completion) < len(gold) + EXTRA_CHARACTERS and same_text(completion, gold):
+        return 1.0
     answer = _answer(completion, gold)
     if answer is None:
         return 0.0
@@ -84,7 +86,7 @@ def _gold(columns: dict[str, Any], column: str | None) -> str:
 def _answer(completion: str, gold: str) -> str | None:
     marked = final_answer(completion, numeric=False)
     if marked is not None:
-        if number_of(marked) is not None or len(marked) > 600 or "\\boxed" in completion or reading(marked).read:
+        if number_of(marked) is not None or len(marked) > 600 or "\\boxed" in completion or reading(marked).formula:
             return marked
         return first_answer(marked) or marked
     if r"\boxed" in completion or r"\fbox" in completion:

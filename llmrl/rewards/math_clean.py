@@ -132,6 +132,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*(?:percent|per cent)\b", "%", text)
     text = text.replace("**", "^").replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ").replace("+-", r"\pm ") if not re.search(r"\d!=", text) else text.replace("**", "^")  # fmt: skip
     text = _WORD.sub(lambda m: " " + _WORDS[m[1]] + " ", text)
+    text = re.sub(r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])", r"\\cup ", text)
     text = _SPACED_THOUSANDS.sub(lambda m: m[0].replace(" ", ""), text)
     return text.strip()
 

@@ -102,6 +102,8 @@ class _Parser:
         items = [self.sequence()]
         while self.take(r"\land"):
             items.append(self.sequence())
+        if len(items) > 1 and any(i[0] == "seq" for i in items):  # "1, 2 and 3"
+            return ("seq", tuple(e for i in items for e in (i[1] if i[0] == "seq" else (i,))))
         return items[0] if len(items) == 1 else ("and", tuple(items))
 
     def sequence(self) -> Node:
@@ -172,6 +174,8 @@ class _Parser:
 
     def juxtaposed(self, node: Node, token: str) -> Node:
         """A product without a sign; an integer before a proper fraction is a mixed number."""
+        if node[0] == "neg" and node[1][0] == "num":
+            return ("neg", self.juxtaposed(node[1], token))
         if node[0] == "num" and node[2] is None:
             if token == r"\frac":
                 after = self.power()

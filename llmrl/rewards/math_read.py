@@ -45,7 +45,11 @@ class Reading:
 
     @property
     def read(self) -> bool:
-        return bool(self.whole or self.bare or self.words is not None)
+        return self.formula or self.words is not None or self.choice is not None
+
+    @property
+    def formula(self) -> bool:
+        return bool(self.whole or self.bare)
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -124,7 +128,8 @@ def spoken_answer(text: str) -> str | None:
     Example: spoken_answer("We add them, so x = 3/4.") -> "x = 3/4"
     """
     text = text.strip()
-    if len(text) <= 600 and reading(text).read and not _prose(text):
+    whole = reading(text) if len(text) <= 600 else None
+    if whole is not None and (whole.formula or whole.choice):
         return text
     segments = list(_SEGMENT.finditer(text[-4000:]))
     if segments:
@@ -134,7 +139,7 @@ def spoken_answer(text: str) -> str | None:
         found = first_answer(last[start.end() :])
         if found is not None:
             return found
-    return None
+    return text if whole is not None and whole.words is not None and not re.search(r"\d", text) else None
 
 
 def first_answer(line: str) -> str | None:
@@ -142,23 +147,18 @@ def first_answer(line: str) -> str | None:
     line = line.strip().rstrip(".")
     if len(line) > MAX_CHARACTERS:
         return None
-    if (now := reading(line)).whole or now.bare or (now.words and len(now.words.split()) <= 3):
+    now = reading(line)
+    if now.formula or now.choice or (now.words and len(now.words.split()) <= 3 and not re.search(r"\d", line)):
         return line
     boxed = last_boxed(line)
     if boxed is not None:
         return boxed
     segment = _SEGMENT.search(line)
-    if segment is not None and len(line[: segment.start()]) < 30:
+    if segment is not None and segment.start() < 30:
         return next(g for g in segment.groups() if g is not None)
     cut = _CUT.search(line)
     if cut is not None and cut.start():
         head = line[: cut.start()].strip()
-        if reading(head).whole or reading(head).bare:
+        if reading(head).formula or reading(head).choice:
             return head
     return None
-
-
-def _prose(text: str) -> bool:
-    """Whether the text is a sentence, although it could be read: words are no formula, unless they are all of a short answer."""
-    words = plain_words(text)
-    return words is not None and len(words.split()) > 6
