@@ -22,7 +22,7 @@ class Ask:
         self.system, self.user = body["messages"][0]["content"], body["messages"][1]["content"]
         self.last = body["messages"][-1]["content"]
         self.id = re.search(r'"id": "(\w+)"', self.system)[1]
-        self.nonce = re.search(r"data of request (\w+), all of it", self.user)[1]
+        self.nonce = re.findall(r"data of request (\w+), all of it", self.user)[-1]
         self.constrained = "response_format" in body
         self.repeated = len(body["messages"]) > 2
 
