@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from llmrl.rewards.base import row_verifier
+from llmrl.rewards.text import body
 
 
 @row_verifier(safe=True)
@@ -30,3 +32,44 @@ def tag_count(completion: str) -> float:
     r"""0.25 for each of "<think>\n", "\n</think>\n", "\n<answer>\n" and "\n</answer>" that occurs exactly once (open-r1's `tag_count`)."""
     tags = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
     return sum(0.25 for tag in tags if completion.count(tag) == 1)
+
+
+_CODE = re.compile(r"^```[ \t]*([A-Za-z+#]*)[^\n]*\n", re.MULTILINE)
+
+
+@row_verifier(safe=True)
+def code_format(completion: str, *, language: str = "python") -> float:
+    r"""1.0 when the answer (what is behind "</think>", in "<answer>" where there is one) has a closed fence of that language."""
+    answer = body(completion)
+    for fence in _CODE.finditer(answer):
+        if fence.group(1).lower() == language.lower():
+            return float(answer.find("\n```", fence.end() - 1) >= 0)
+    return 0.0
+
+
+def _check_sections(*, names: Sequence[str], ordered: bool = True) -> str | None:
+    fine = not isinstance(names, str) and names and all(isinstance(n, str) and n.strip() for n in names)
+    return None if fine else f"names must be a list of headings, given {names!r}"
+
+
+@row_verifier(safe=True, check_args=_check_sections)
+def sections(completion: str, *, names: Sequence[str], ordered: bool = True) -> float:
+    r"""The share of the named sections that are there once, with text in them; `ordered`: 0.0 if those are in another order.
+
+    A heading is a line with the name, in any case, perhaps behind `#`, in `**` and before a colon; or with the colon and text behind it.
+    Example: sections.score("# Plan\nthink\n# Answer\n4", names=["Plan", "Answer"]) -> 1.0
+    """
+    wanted = {name.strip().lower(): place for place, name in enumerate(names)}
+    found: list[tuple[int, bool]] = []  # which section begins, and whether it has text
+    for line in completion.split("\n"):
+        head, colon, rest = line.strip().partition(":")
+        place = wanted.get(head.strip("#* \t").lower()) if len(head) <= 400 else None
+        if place is not None and (colon or not rest):
+            found.append((place, bool(rest.strip("* \t"))))
+        elif found and line.strip():
+            found[-1] = (found[-1][0], True)
+    places = [place for place, _ in found]
+    good = (
+        [place for place, text in found if text and places.count(place) == 1] if len(places) <= 4 * len(wanted) else []
+    )
+    return 0.0 if ordered and good != sorted(good) else len(good) / len(wanted)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from llmrl.rewards.base import row_verifier
 
@@ -28,20 +29,43 @@ def soft_overlong(completion_ids: Sequence[int], *, max_completion_len: int, sof
     return -1.0 if length > max_completion_len else (start - length) / soft_punish_cache
 
 
-def _check_length(*, target: int, kind: str = "equal") -> str | None:
-    if target < 1 or kind not in ("equal", "at_most", "at_least"):
-        return f"target must be at least 1 and kind equal, at_most or at_least; given {target} and {kind!r}"
+def _check_length(*, target: int, kind: str = "equal", upper: int | None = None) -> str | None:
+    if target < 1 or kind not in ("equal", "at_most", "at_least", "between"):
+        return f"target must be at least 1 and kind equal, at_most, at_least or between; given {target} and {kind!r}"
+    if (upper is None) == (kind == "between") or (upper is not None and upper < target):
+        return f"`between` takes the lengths from target to upper, and no other kind takes upper; given {target}, {upper} and {kind!r}"
     return None
 
 
 @row_verifier(safe=True, check_args=_check_length)
 def length(
-    completion_ids: Sequence[int], *, target: int, kind: Literal["equal", "at_most", "at_least"] = "equal"
-) -> float:
-    """Minus the distance to `target` tokens as a share of it, at least -1; `at_most` and `at_least` count one side only."""
-    over = len(completion_ids) - target
-    miss = {"equal": abs(over), "at_most": max(0, over), "at_least": max(0, -over)}[kind]
+    completion_ids: Sequence[int], *, target: int, kind: Literal["equal", "at_most", "at_least", "between"] = "equal",
+    upper: int | None = None,
+) -> float:  # fmt: skip
+    """Minus the distance to `target` tokens as a share of it, at least -1; `at_most` and `at_least` count one side only, and `between`
+    the distance to the lengths from `target` to `upper`."""
+    size = len(completion_ids)
+    over, under = max(0, size - (target if upper is None else upper)), max(0, target - size)
+    miss = {"equal": over + under, "at_most": over, "at_least": under, "between": over + under}[kind]
     return -min(1.0, miss / target) if miss else 0.0
+
+
+def length_zscore(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+    """Minus the z-score of a completion's tokens within its group, from -3 to 3: shorter than the others is above 0. Completions of
+    equal prompts are a group; 0 where all are as long. The std is the population's.
+
+    Example: lengths 10 and 30 of one prompt give 1.0 and -1.0.
+    """
+    groups: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        groups.setdefault(repr(prompt), []).append(place)
+    out = [0.0] * len(prompts)
+    for places in groups.values():
+        sizes = [len(completion_ids[i]) for i in places]
+        mean, std = statistics.fmean(sizes), statistics.pstdev(sizes)
+        for place, size in zip(places, sizes, strict=True):
+            out[place] = max(-3.0, min(3.0, (mean - size) / std)) if std else 0.0
+    return out
 
 
 def _check_repetition(*, ngram_size: int = 3, max_penalty: float = -1.0) -> str | None:

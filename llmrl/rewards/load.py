@@ -27,6 +27,21 @@ BUILTINS: dict[str, str] = {
     "length": "llmrl.rewards.length",
     "repetition_penalty": "llmrl.rewards.length",
     "instructions": "llmrl.rewards.ifeval",
+    "length_zscore": "llmrl.rewards.length",
+    "code_format": "llmrl.rewards.format",
+    "sections": "llmrl.rewards.format",
+    "multiple_choice": "llmrl.rewards.choice",
+    "text_match": "llmrl.rewards.text",
+    "text_f1": "llmrl.rewards.text",
+    "set_fbeta": "llmrl.rewards.text",
+    "keyword_count": "llmrl.rewards.text",
+    "reasoning_steps": "llmrl.rewards.text",
+    "json_schema": "llmrl.rewards.structure",
+    "sat_assignment": "llmrl.rewards.structure",
+    "diff_similarity": "llmrl.rewards.structure",
+    "language_consistency": "llmrl.rewards.language",
+    "bleu": "llmrl.rewards.language",
+    "chrf": "llmrl.rewards.language",
 }
 # Names that TRL and open-r1 users bring for the same thing.
 ALIASES: dict[str, str] = {
