@@ -28,6 +28,7 @@ COMMANDS = {
     ),
     "check": ("llmrl.cli.check", "what a recipe would do: rows, masks, lengths, batches, rewards, memory"),
     "audit-verifier": ("llmrl.cli.audit", "a verifier against labelled answers: agreement, precision, recall"),
+    "judge-check": ("llmrl.cli.judge_check", "a rubric's judge against planted attacks and known answers"),
     "serve": ("llmrl.cli.serve", "a vLLM server that training samples from; --check looks at one that runs"),
     "init-model": ("llmrl.cli.init_model", "a small model from scratch, with a tokenizer trained on your files"),
     "merge": ("llmrl.cli.merge", "a LoRA adapter merged into its base model"),
