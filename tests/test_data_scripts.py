@@ -66,3 +66,20 @@ def test_hh_keeps_what_differs_in_the_last_answer(tmp_path):
     assert [m["content"] for m in out[0]["prompt"]] == ["Hi", "Hello", "Why?"]
     assert out[0]["chosen"] == [{"role": "assistant", "content": "So."}]
     assert out[0]["rejected"] == [{"role": "assistant", "content": "Who knows\n\nor not?"}]
+
+
+def test_mbpp_from_the_published_form(tmp_path):
+    row = {
+        "task_id": 2,
+        "prompt": "Add. ",
+        "code": "def add(): pass",
+        "test_imports": [],
+        "test_list": ["assert add()"],
+        "source_file": "x",
+    }
+    done, out = convert("mbpp.py", [row], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert out == [
+        {"id": "mbpp/2", "source": "MBPP sanitized", "prompt": "Add.", "canonical_solution": "def add(): pass", "test_imports": [], "tests": ["assert add()"]}
+    ]  # fmt: skip
+    assert convert("mbpp.py", out, tmp_path)[1] == out

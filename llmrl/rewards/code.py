@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import logging
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,9 +107,15 @@ def _io_tests(given: Any) -> Tests:
 
 def _parsed(text: str, what: str) -> ast.Module:
     try:
-        return ast.parse(text)
+        tree = ast.parse(text)
     except (SyntaxError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{what} is no Python: {error}") from None
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+        for name in names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            if name.partition(".")[0] not in sys.stdlib_module_names:
+                raise DataError(f"{what} imports {name!r}, and the sandbox has the standard library only")
+    return tree
 
 
 def extract_code(completion: str) -> tuple[str, bool]:
@@ -165,8 +173,8 @@ def _prefix(text: Any) -> str:
         return ""
     for body in ("", "\n    pass\n"):
         try:
-            ast.parse(text.rstrip() + body)
-            return text
+            tree = ast.parse(text.rstrip() + body)
+            return text if any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in tree.body) else ""
         except (SyntaxError, ValueError, RecursionError):
             continue
     return ""
@@ -192,7 +200,13 @@ def _check_args(**args: Any) -> str | None:
 
 @functools.cache
 def _sandbox() -> Sandbox:
-    return Sandbox()
+    made = Sandbox()
+    if not made.files:
+        logging.getLogger("llmrl.rewards").warning(
+            "code is run without namespaces (%s): it can open no files, and import common modules of the standard library only",
+            made.note,
+        )
+    return made
 
 
 def _warm_up() -> None:

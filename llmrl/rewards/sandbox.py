@@ -57,6 +57,9 @@ class Guest:
     def __init__(self, life: socket.socket) -> None:
         self.life, self._pid, self._rest = life, 0, b""
         self.ended: dict[str, Any] | None = None
+
+    def wait_until_started(self) -> None:
+        """Raises RewardError when it does not start."""
         while not self._pid and self.ended is None:
             self.listen(START_SECONDS)
 
@@ -73,33 +76,38 @@ class Guest:
         for line in lines:
             said = json.loads(line)
             if "broken" in said:
+                self.ended = {"code": 70, "cpu": 0.0}
                 raise RewardError(f"the sandbox could not start a program: {said['broken']}")
             if "pid" in said:
                 self._pid = said["pid"]
             else:
                 self.ended = said
         if not data and self.ended is None:
+            self.ended = {"code": -9, "cpu": 0.0}
             if self._pid == 0:
                 raise RewardError("the sandbox could not start a program: its keeper ended")
-            self.ended = {"code": -9, "cpu": 0.0}
 
     def cpu(self) -> float:
         """Processor time that it has used, in seconds."""
         if self.ended is None:
+            clock = (~self._pid << 3) | 2  # of another process, as clock_getcpuclockid makes it
             with contextlib.suppress(OSError):
-                return time.clock_gettime(
-                    (~self._pid << 3) | 2
-                )  # the clock of another process, as clock_getcpuclockid makes it
+                return time.clock_gettime(clock)
         return self.ended["cpu"] if self.ended else 0.0
 
-    def stop(self) -> None:
-        """Kills it with all that it has started, and waits until it is gone."""
+    def kill(self) -> None:
+        """Has it killed, with all that it has started."""
         if self.ended is None:
-            self.life.shutdown(socket.SHUT_WR)
-            until = time.monotonic() + START_SECONDS
+            with contextlib.suppress(OSError):  # its keeper may be gone already
+                self.life.shutdown(socket.SHUT_WR)
+
+    def stop(self) -> None:
+        """Kills it, and waits until it is gone."""
+        self.kill()
+        until = time.monotonic() + START_SECONDS
+        with self.life:
             while self.ended is None and time.monotonic() < until:
                 self.listen(until - time.monotonic())
-        self.life.close()
 
 
 class Sandbox:
@@ -138,6 +146,15 @@ class Sandbox:
                 f"model-written code can't be confined here, so it is not run: {about['refused']}. Use a Linux container or VM that can"
             )
         self.files, self.note = bool(about["files"]), str(about["note"])
+        try:
+            (note,) = self.run(
+                {"programs": ["print(1)"], "entry": None}, [""], Limits(), lambda n, out: None, stop=True
+            ).notes
+            if note:
+                raise RewardError(f"a program that prints a number {note}")
+        except (RewardError, BrokenPipeError) as error:
+            self.close()
+            raise ConfigError(f"model-written code can't be confined here, so it is not run: {error}") from error
 
     def close(self) -> None:
         """Ends all runs. May be called twice."""
@@ -163,10 +180,13 @@ class Sandbox:
                 stack.callback(candidate.stop)
                 checker = self._start("checker", tests, limits, [link[1].fileno(), theirs])
                 stack.callback(checker.stop)
+                stack.callback(candidate.kill)  # first, so that both end at the same time
             finally:
                 os.close(theirs)
                 for end in link:
                     end.close()
+            candidate.wait_until_started()
+            checker.wait_until_started()
             return self._watch(ours, candidate, checker, limits, count)
 
     def _watch(self, reports: int, candidate: Guest, checker: Guest, limits: Limits, count: int) -> Report:
@@ -231,6 +251,7 @@ class Sandbox:
                 os.close(theirs)
                 os.close(source)
             try:
+                guest.wait_until_started()
                 output, problem = self._read(ours, guest, limits.output_bytes, cpu, time.monotonic() + wall)
             finally:
                 guest.stop()
@@ -272,11 +293,7 @@ class Sandbox:
         finally:
             os.close(body)
             theirs.close()
-        try:
-            return Guest(ours)
-        except BaseException:
-            ours.close()
-            raise
+        return Guest(ours)
 
 
 def _memory_file(data: bytes) -> int:

@@ -50,6 +50,8 @@ _SEQUENCES: dict[Any, str] = {
     type({}.keys()): "keys", type({}.values()): "values",
 }  # fmt: skip
 
+_ITEMS: Any = type({}.items())
+
 
 def encode(value: Any, other: Callable[[Any], dict[str, Any]]) -> Any:
     """`value` as JSON. Subclasses of plain types become plain, iterators are run; what is left is what `other` makes of it."""
@@ -78,7 +80,7 @@ def encode(value: Any, other: Callable[[Any], dict[str, Any]]) -> Any:
         return {"t": "complex", "v": [value.real, value.imag]}
     if kind in (decimal.Decimal, fractions.Fraction):
         return {"t": kind.__name__, "v": str(value)}
-    if isinstance(value, type({}.items())):
+    if isinstance(value, _ITEMS):
         return {"t": "items", "v": [encode(v, other) for v in value]}
     if hasattr(kind, "__next__") and not isinstance(value, Remote):
         return {"t": "iterator", "v": [encode(v, other) for v in itertools.islice(value, MAX_ITEMS)]}

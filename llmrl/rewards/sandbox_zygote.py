@@ -157,6 +157,7 @@ def _keep(
     """Starts the guest, waits for its end or the host's, and reports it."""
     payload, life, *own = descriptors
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ready, confined = os.pipe()
     try:
         if files:
             kernel.mount_tmp()
@@ -167,18 +168,19 @@ def _keep(
         return
     if child == 0:
         try:
-            _become_guest(kernel, guest, job, payload, own, null, files, user)
+            _become_guest(kernel, guest, job, payload, own, null, confined, files, user)
         finally:
             os._exit(70)
-    for descriptor in (payload, *own):
+    for descriptor in (payload, confined, *own):
         os.close(descriptor)
-    os.write(life, json.dumps({"pid": child}).encode() + b"\n")
+    said = os.read(ready, 4096).decode()
+    about = {"pid": child} if said == "confined" else {"broken": said or "its process ended"}
+    os.write(life, json.dumps(about).encode() + b"\n")
     process = os.pidfd_open(child)
     poll = select.poll()
     poll.register(life, select.POLLIN)
     poll.register(process, select.POLLIN)
-    ready = [fd for fd, _ in poll.poll()]
-    if process not in ready:
+    if process not in [fd for fd, _ in poll.poll()]:
         os.kill(child, signal.SIGKILL)  # first of its namespace: nothing outlives it
     _, status = os.waitpid(child, 0)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -189,29 +191,40 @@ def _keep(
 
 
 def _become_guest(
-    kernel: Any, guest: Any, job: dict[str, Any], payload: int, own: list[int], null: int, files: bool, user: int | None
-) -> None:
-    """Descriptors 0 to 2 are nothing, or a program's input and output; 3 and up are the guest's channels."""
-    os.setsid()
-    program = job["role"] == "program"
-    keep = [os.dup(fd) for fd in ([*own, null] if program else [null, null, null, *own])]
-    text = b"".join(iter(lambda: os.read(payload, 1 << 20), b""))
-    high = 200
-    moved = [os.dup2(fd, high + n) for n, fd in enumerate(keep)]
-    for number, fd in enumerate(moved):
-        os.dup2(fd, number)
-    os.closerange(len(moved), 4096)
-    kernel.set_limits(job["cpu_seconds"], job["memory_bytes"])
-    kernel.drop_privileges(user)
-    for number in (signal.SIGINT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
-    sys.argv[:] = [""]
-    random = sys.modules["random"]
-    random.seed(0)
-    if not files:
-        os.chdir("/")
-    kernel.allow_only(files)
-    guest.run(job["role"], json.loads(text))
+    kernel: Any, guest: Any, job: dict[str, Any], payload: int, own: list[int], null: int, confined: int, files: bool,
+    user: int | None,
+) -> None:  # fmt: skip
+    """Descriptors 0 to 2 are nothing, or a program's input and output; 3 and up are the guest's channels.
+
+    What goes wrong before the guest's own code runs is said on `confined`: it must not count as a wrong answer.
+    """
+    try:
+        os.setsid()
+        text = b"".join(iter(lambda: os.read(payload, 1 << 20), b""))
+        own = [*own, null] if job["role"] == "program" else [null, null, null, *own]
+        high = 200  # above whatever is open
+        confined = os.dup2(confined, high - 1)
+        moved = [os.dup2(fd, high + n) for n, fd in enumerate(own)]
+        for number, fd in enumerate(moved):
+            os.dup2(fd, number)
+        confined = os.dup2(confined, len(moved))
+        os.closerange(len(moved) + 1, 4096)
+        kernel.set_limits(job["cpu_seconds"], job["memory_bytes"])
+        kernel.drop_privileges(user)
+        for signal_number in (signal.SIGINT, signal.SIGPIPE):
+            signal.signal(signal_number, signal.SIG_DFL)
+        sys.argv[:] = [""]
+        sys.modules["random"].seed(0)
+        if not files:
+            os.chdir("/")
+        payload_data = json.loads(text)
+        kernel.allow_only(files)
+    except BaseException as error:
+        os.write(confined, f"{type(error).__name__}: {error}".encode())
+        raise
+    os.write(confined, b"confined")
+    os.close(confined)
+    guest.run(job["role"], payload_data)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ def test_why_is_told():
         ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
         ({"inputs": [1], "outputs": [1], "fn_name": "f"}, "lists of its arguments"),
         ({"input_output": "{"}, "can't be read"),
+        ({"tests": ["import numpy\nassert f() == numpy.pi"]}, "imports 'numpy'"),
     ],
 )
 def test_rows_without_usable_tests_are_named(columns, says):
@@ -209,7 +210,7 @@ def names(row: dict) -> list[str]:
 @pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
 def test_reference_solutions_pass(every):
     failed = [row["id"] for row in tasks(every) if verdict(row, row["canonical_solution"]) != 1.0]
-    failed += [row["id"] for row in tasks(5 * every) if verdict(row, f"So:\n```python\n{solution(row)}\n```") != 1.0]
+    failed += [row["id"] for row in tasks(10 * every) if verdict(row, f"So:\n```python\n{solution(row)}\n```") != 1.0]
     assert failed == []
 
 
@@ -262,7 +263,7 @@ class _OtherConstant(ast.NodeTransformer):
 def test_verdicts_are_those_of_plain_python():
     """Mutants of reference solutions: the verdict is that of running the same asserts in one ordinary interpreter."""
     seen = {0.0: 0, 1.0: 0}
-    for row in tasks(9):
+    for row in tasks(15):
         tree = ast.parse(solution(row))
         code = ast.unparse(_OtherConstant(tree).visit(tree))
         ending = (
@@ -277,3 +278,29 @@ def test_verdicts_are_those_of_plain_python():
         assert got == float(plain.returncode == 0), row["id"]
         seen[got] += 1
     assert min(seen.values()) > 5
+
+
+@pytest.mark.parametrize("name", ["mbpp-scratch-grpo", "qwen2.5-coder-1.5b-mbpp-grpo"])
+def test_the_recipes_train_two_steps_of_a_small_model(name, tiny_model_dir, tmp_path):
+    from llmrl.algorithms.grpo import GRPOTrainer
+    from llmrl.config.load import load_recipe
+
+    row = {"prompt": "Add.", "text": "Add.", "tests": TESTS, "test_list": TESTS, "test_imports": []}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**row, "id": f"r{n}"}) + "\n" for n in range(4)))
+    small = {
+        "model_name_or_path": str(tiny_model_dir), "output_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 2,
+        "num_generations": 2, "max_completion_length": 8, "reward_workers": 1, "dataset.0.path": str(path),
+    }  # fmt: skip
+    quick = {
+        "mixed_precision": "no",
+        "gradient_checkpointing": "false",
+        "max_prompt_length": 400,
+        "dataset.0.name": "null",
+    }
+    config = load_recipe("grpo", name, [f"{k}={v}" for k, v in {**small, **quick}.items()])
+    GRPOTrainer(config).train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert all(line["code/tests_passed"] == 0.0 for line in lines)
+    assert all(line["reward_outcomes/code_tests/score"] == 4 for line in lines)
