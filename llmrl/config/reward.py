@@ -38,7 +38,7 @@ def _weight(value: Any) -> Any:
     if isinstance(value, WeightSchedule) or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
     raise ValueError(
-        f"a weight is a number, or a schedule {{start, end, steps, kind: linear|cosine|step}}; given {value!r}"
+        f"given {value!r}; allowed: a number, or a schedule {{start, end, steps, kind: linear|cosine|step}}"
     )
 
 
@@ -146,6 +146,6 @@ class RewardFields(Strict):
 
     @model_validator(mode="after")
     def _check_gate(self) -> Self:
-        if "gate_threshold" in self.model_fields_set and self.combine != "gated":
+        if self.gate_threshold != 0.5 and self.combine != "gated":
             raise ValueError(f"gate_threshold is of `combine: gated`; combine is {self.combine}")
         return self

@@ -120,8 +120,8 @@ def test_weights_follow_the_step():
     [
         ({"combine": "mean"}, "'sum', 'product', 'gated' or 'normalize_then_sum'"),
         ({"gate_threshold": 0.7}, "gate_threshold is of `combine: gated`; combine is sum"),
-        ({"rewards": [{"function": "length", "weight": "heavy"}]}, "a weight is a number, or a schedule"),
-        ({"rewards": [{"function": "length", "weight": True}]}, "a weight is a number, or a schedule"),
+        ({"rewards": [{"function": "length", "weight": "heavy"}]}, "allowed: a number, or a schedule"),
+        ({"rewards": [{"function": "length", "weight": True}]}, "allowed: a number, or a schedule"),
         ({"rewards": [{"function": "length", "weight": {"start": 1, "end": 0}}]}, "steps"),
         (
             {"rewards": [{"function": "length", "weight": {"start": 1, "end": 0, "steps": 0}}]},
