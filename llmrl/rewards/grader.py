@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Graded:
-    """An answer's outcome, and what the judge said: criterion -> mean score, or wins and comparisons."""
+    """An answer's outcome, and what the judge said: criterion -> mean score, wins and comparisons, or why it failed."""
 
     outcome: Outcome
     note: dict[str, Any] | None = None
@@ -89,7 +89,7 @@ class Grader:
         found = await self._all([partial(self._sample, question, answer, n) for n in samples])
         scores = [s for s in found if isinstance(s, dict)]
         if not scores:
-            return Graded(_failure(next(e for e in found if isinstance(e, Exception)), self._settings.over_budget))
+            return _failed(next(e for e in found if isinstance(e, Exception)), self._settings.over_budget)
         rewards = [reward(question.rubric, s) for s in scores]
         if len(rewards) > 1:
             self.counts.spread.append(statistics.pstdev(rewards))
@@ -154,7 +154,7 @@ class Grader:
             if points:
                 out.append(Graded(Outcome(SCORE, statistics.fmean(points)), {"points": sum(points), "of": len(points)}))
             elif k in errors:
-                out.append(Graded(_failure(errors[k], self._settings.over_budget)))
+                out.append(_failed(errors[k], self._settings.over_budget))
             else:
                 out.append(Graded(Outcome(NOT_APPLICABLE, None, "no comparison on which both orders agree"), {"of": 0}))
         return out
@@ -250,9 +250,11 @@ class Grader:
         )
 
 
-def _failure(error: Exception, over_budget: str) -> Outcome:
+def _failed(error: Exception, over_budget: str) -> Graded:
     if isinstance(error, BudgetSpent) and over_budget == "none":
-        return Outcome(NOT_APPLICABLE, None, str(error))
-    if isinstance(error, JudgeError):
-        return Outcome(error.kind, None, str(error), error.row_caused)
-    return Outcome(ERROR, None, describe_error(error))
+        outcome = Outcome(NOT_APPLICABLE, None, str(error))
+    elif isinstance(error, JudgeError):
+        outcome = Outcome(error.kind, None, str(error), error.row_caused)
+    else:
+        outcome = Outcome(ERROR, None, describe_error(error))
+    return Graded(outcome, {"failed": outcome.detail[:300]})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import email.utils
-import json
 import logging
 import os
 import re
@@ -12,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -23,7 +22,7 @@ from llmrl.rewards import RewardRunner
 from llmrl.rewards.judge_cache import JudgeCache, content_key
 from llmrl.rewards.tally import Tally
 from llmrl.types import Completion, Prompt, Rollout
-from tests.rewards.conftest import rollout, rollouts
+from tests.rewards.conftest import rollout, rollouts, wait_until
 from tests.rewards.scripted_judge import Answer, judge  # noqa: F401  (a fixture)
 
 RUBRIC = """
@@ -107,15 +106,16 @@ def test_a_session_that_is_left_asks_no_more(judge, rubric):  # noqa: F811
 
 def test_judges_run_beside_other_rewards_and_each_other(judge, rubric):  # noqa: F811
     judge.script = lambda ask: Answer(ask.verdict(4, 2), delay=0.4)
+    ended = []
 
     def slow(completions, **kwargs):
-        time.sleep(0.4)
+        time.sleep(1.0)
+        ended.append(time.monotonic())
         return [0.0] * len(completions)
 
-    started = time.monotonic()
     with RewardRunner([spec(judge, rubric)], reward_funcs=slow) as runner:
         assert values(runner.score(rollouts(*"abcdefgh"))) == [1.0] * 8
-    assert time.monotonic() - started < 1.2
+    assert max(judge.times) < ended[0]
     assert judge.most > 4
 
 
@@ -167,6 +167,7 @@ def test_a_failure_is_never_a_zero(judge, rubric, caplog, answer, kind, message,
         scored, metrics = run(spec(judge, rubric, timeout=timeout), rollouts("a"))
     assert values(scored) == [None]
     assert kinds(scored) == [kind]
+    assert message in scored[0].extra["quality_scores"]["failed"]
     assert metrics[f"reward_outcomes/quality/{kind}"] == 1
     assert metrics["judge/quality/failures"] == 1
     assert message in caplog.text
@@ -508,14 +509,6 @@ def test_a_cache_that_can_not_be_used(tmp_path, caplog):
 
 
 def test_a_closed_runner_leaves_no_thread_behind(judge, rubric):  # noqa: F811
-    import threading
-
-    before = {t.name for t in threading.enumerate()}
+    before = set(threading.enumerate())
     run(spec(judge, rubric), rollouts("a"))
-    with contextlib.suppress(StopIteration):
-        for _ in range(100):
-            if not any(t.name == "llmrl-reward-async" for t in threading.enumerate()):
-                break
-            time.sleep(0.02)
-    assert not any(t.name == "llmrl-reward-async" for t in threading.enumerate()), before
-    assert json.loads(judge.asks[0].verdict(1, 1))["scores"] == {"right": 1, "clear": 1}
+    assert wait_until(lambda: not [t for t in set(threading.enumerate()) - before if t.name == "llmrl-reward-async"])
