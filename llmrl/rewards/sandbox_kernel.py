@@ -124,10 +124,10 @@ def set_limits(cpu_seconds: int, memory_bytes: int) -> None:
 # Permitted system calls, by number: computing, memory, threads, time, and descriptors that are open already. Not there: starting processes
 # and programs, sockets, signals to others, mounts, namespaces, tracing, keys, io_uring, and everything that a later kernel brings.
 _COMPUTING = {
-    "x86_64": "0 1 3 5 7 8 9 10 11 12 13 14 15 17 18 19 20 22 23 24 25 26 27 28 32 33 34 35 36 37 38 39 44 45 48 55 60 61 63 72 77 79 96 97"
+    "x86_64": "0 1 3 5 7 8 9 10 11 12 13 14 15 17 18 19 20 22 23 24 25 26 27 28 32 33 34 35 36 37 38 39 44 45 48 55 60 61 63 77 79 96 97"
     " 98 99 100 102 104 107 108 110 111 121 124 128 131 140 143 145 146 147 158 186 201 202 204 213 218 219 228 229 230 231 232 233 247 262"
     " 270 271 273 274 281 283 286 290 291 292 293 318 324 332 334 436 441",
-    "aarch64": "17 19 20 21 22 23 24 25 46 57 59 62 63 64 65 66 67 68 72 73 79 80 85 86 93 94 95 96 98 99 100 101 102 103 113 114 115 120 121"
+    "aarch64": "17 19 20 21 22 23 24 46 57 59 62 63 64 65 66 67 68 72 73 79 80 85 86 93 94 95 96 98 99 100 101 102 103 113 114 115 120 121"
     " 123 124 125 126 128 132 134 135 137 139 141 153 155 156 160 163 165 169 172 173 174 175 176 177 178 179 206 207 209 210 214 215 216"
     " 222 226 227 232 233 260 278 283 291 293 436 441",
 }
@@ -138,10 +138,13 @@ _FILES = {
     "aarch64": "32 34 35 36 37 38 43 44 45 47 48 49 50 52 53 56 61 71 78 82 83 88 166 223 276 285 439",
 }
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_NUMBERS = {  # clone, ioctl, socketpair, kill, tgkill, prlimit64
-    "x86_64": (56, 16, 53, 62, 234, 302), "aarch64": (220, 29, 199, 129, 131, 261),
+_NUMBERS = {  # clone, ioctl, socketpair, kill, tgkill, prlimit64, fcntl
+    "x86_64": (56, 16, 53, 62, 234, 302, 72), "aarch64": (220, 29, 199, 129, 131, 261, 25),
 }  # fmt: skip
-_CLONE3, _AF_UNIX, _IOCTLS = 435, 1, (0x5421, 0x5451, 0x541B)  # FIONBIO, FIOCLEX, FIONREAD
+_CLONE3, _AF_UNIX = 435, 1
+_IOCTLS = [0x5421, 0x5451, 0x541B]  # FIONBIO, FIOCLEX, FIONREAD
+_FCNTLS = [0, 1, 2, 3, 4, 5, 6, 7, 1030]  # duplicates, flags, locks; F_SETOWN would send signals to anybody
+_STREAMS = [1, 0x801, 0x80001, 0x80801]  # SOCK_STREAM and its flags; a datagram could be sent to any address
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOTTY, _ENOSYS = 1, 25, 38
@@ -161,7 +164,7 @@ def filter_supported() -> bool:
 def allow_only(files: bool) -> None:
     """From now on this process and its threads can make no system calls but the permitted ones; others fail with EPERM."""
     machine = platform.machine()
-    clone, ioctl, socketpair, kill, tgkill, prlimit = _NUMBERS[machine]
+    clone, ioctl, socketpair, kill, tgkill, prlimit, fcntl = _NUMBERS[machine]
     me = os.getpid()
     program: list[tuple[int, int, int, int]] = [
         (_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT[machine]), (_RETURN, 0, 0, _KILL),
@@ -173,24 +176,24 @@ def allow_only(files: bool) -> None:
         (_EQUAL, 0, 1, _CLONE3),
         (_RETURN, 0, 0, _ERROR | _ENOSYS),
     ]  # its flags can't be seen; clone is tried next
-    program += _if_argument(clone, 0, _ANY_BIT, [_CLONE_THREAD], _EPERM)
-    program += _if_argument(socketpair, 0, _EQUAL, [_AF_UNIX], _EPERM)
-    program += _if_argument(ioctl, 1, _EQUAL, _IOCTLS, _ENOTTY)
-    for number in (kill, tgkill):
-        program += _if_argument(number, 0, _EQUAL, [me], _EPERM)
-    program += _if_argument(prlimit, 0, _EQUAL, [0, me], _EPERM)
+    program += _where(clone, [(0, _ANY_BIT, [_CLONE_THREAD])], _EPERM)
+    program += _where(socketpair, [(0, _EQUAL, [_AF_UNIX]), (1, _EQUAL, _STREAMS)], _EPERM)
+    program += _where(ioctl, [(1, _EQUAL, _IOCTLS)], _ENOTTY)
+    program += _where(fcntl, [(1, _EQUAL, _FCNTLS)], _EPERM)
+    for number in (kill, tgkill, prlimit):
+        program += _where(number, [(0, _EQUAL, [0, me] if number == prlimit else [me])], _EPERM)
     program.append((_RETURN, 0, 0, _ERROR | _EPERM))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     descriptor = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
     _check(_libc.prctl(_PR_SET_SECCOMP, 2, ctypes.c_char_p(descriptor), 0, 0), "seccomp")
 
 
-def _if_argument(
-    number: int, argument: int, test: int, values: list[int] | tuple[int, ...], error: int
-) -> list[tuple[int, int, int, int]]:
-    """Allows a call whose argument (its low 32 bits) passes the test with one of `values`, and refuses it otherwise."""
-    body: list[tuple[int, int, int, int]] = [(_LOAD, 0, 0, 16 + 8 * argument)]
-    for value in values:
-        body += [(test, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
-    body.append((_RETURN, 0, 0, _ERROR | error))
+def _where(number: int, conditions: list[tuple[int, int, list[int]]], error: int) -> list[tuple[int, int, int, int]]:
+    """Allows a call where each named argument (its low 32 bits) passes the test with one of the values, and else refuses it."""
+    body: list[tuple[int, int, int, int]] = []
+    for argument, test, values in conditions:
+        body.append((_LOAD, 0, 0, 16 + 8 * argument))
+        body += [(test, len(values) - place, 0, value) for place, value in enumerate(values)]
+        body.append((_RETURN, 0, 0, _ERROR | error))
+    body.append((_RETURN, 0, 0, _ALLOW))
     return [(_EQUAL, 0, len(body), number), *body]
