@@ -84,14 +84,21 @@ def _gold(columns: dict[str, Any], column: str | None) -> str:
 
 
 def _answer(completion: str, gold: str) -> str | None:
+    """The final answer of a completion as a text that can be read, where there is one."""
+    words = reading(gold).words is not None
     marked = final_answer(completion, numeric=False)
     if marked is not None:
-        if number_of(marked) is not None or len(marked) > 600 or "\\boxed" in completion or reading(marked).formula:
+        if number_of(marked) is not None or len(marked) > 600 or reading(marked).formula:
             return marked
-        return first_answer(marked) or marked
+        if "boxed" in completion:
+            # "The answer is 10" inside a box; what is merely long or odd stays what it is.
+            found = None if words else spoken_answer(re.sub(r"\\text *\{([^{}]*)\}", r"\1", marked))
+        else:
+            found = first_answer(marked, words=words)
+        return found or marked
     if r"\boxed" in completion or r"\fbox" in completion:
         return None  # cut off inside its box
-    if (found := spoken_answer(completion)) is not None:
+    if (found := spoken_answer(completion, words=words)) is not None:
         return found
     return final_answer(completion, numeric=number_with_unit(gold) is not None)
 

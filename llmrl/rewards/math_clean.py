@@ -42,7 +42,7 @@ _DIGIT_GAPS = re.compile(r"(?<=\d)(?:\{,\}|\{,\\!\}|,\\!|\\!,?|\\,)\s?(?=\d{3}(?
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d./])")
 _CONNECTORS = {"or": r" \lor ", "and": r" \land ", "or,": r" \lor ", ",or": r" \lor ", "if": " ", "union": r" \cup "}
 _WORDS = {
-    "infinity": r"\infty", "inf": r"\infty", "oo": r"\infty", "union": r"\cup", "intersect": r"\cap", "or": r"\lor", "and": r"\land", "in": r"\in",
+    "infinity": r"\infty", "Infinity": r"\infty", "inf": r"\infty", "oo": r"\infty", "union": r"\cup", "intersect": r"\cap", "or": r"\lor", "and": r"\land", "in": r"\in",
     "times": r"\times", "reals": r"\mathbb{R}", "plusminus": r"\pm", "pm": r"\pm",
 }  # fmt: skip
 _WORD = re.compile(r"(?<![A-Za-z\\])(" + "|".join(sorted(_WORDS, key=len, reverse=True)) + r")(?![A-Za-z(])")
@@ -64,7 +64,7 @@ _UNITS = {
     "unit": ("", "1"), "people": ("", "1"), "way": ("", "1"),
 }  # fmt: skip
 # After a number or a closing bracket, at the end: words in text styles, or known units in plain letters, with powers, slashes and "per".
-_STYLED_UNIT = r"\\(?:text(?:rm|bf|it)?|mathrm|mbox|operatorname|rm)\s*\{[\s~]*[A-Za-z°. /~-]*?(?:\^\{?-?\d\}?)?[\s~]*(?:\([^{}()]*\))?\}"
+_STYLED_UNIT = r"\\(?:text(?:rm|bf|it)?|mathrm|mbox|operatorname|rm)\s*\{[\s~]*[A-Za-z°. /~()-]*?(?:\^\{?-?\d\}?)?[\s~]*(?:\([^{}()]*\))?\}"
 _PLAIN_UNIT = (
     r"(?<![A-Za-z\\])(?:square |cubic |sq\.? |cu\.? )?(?:millimeters?|centimeters?|kilometers?|met(?:er|re)s?|inch(?:es)?|feet|foot|miles?|yards?|kilograms?|grams?|pounds?|ounces?|tons?"
     r"|seconds?|sec|minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?|lit(?:er|re)s?|gallons?|degrees?|dollars?|USD|cents?|euros?|mph|units?|times|people|ways|points?|newtons?|joules?|watts?|volts?"
@@ -75,7 +75,7 @@ _UNIT_PART = rf"(?:{_STYLED_UNIT}|{_PLAIN_UNIT}){_POWER}"
 _UNIT_TAIL = re.compile(
     rf"(?<=[\d)}}\]a-zA-Z%. ~])[\s~]*(?:\\[,; ]\s*)*({_UNIT_PART}(?:[\s~]*(?:/|\\cdot|\\,|\\ |per)?[\s~]*(?:{_UNIT_PART}|[smh](?![A-Za-z]){_POWER}))*)[\s.]*$"
 )
-_NO_UNIT = re.compile(r"(?:^|[^A-Za-z])(?:or|and|if|where|million|billion|thousand|hundred|trillion|dozen|pi|mod|for|not|no|less|more|cis|percent)(?:$|[^A-Za-z])", re.IGNORECASE)  # fmt: skip
+_NO_UNIT = re.compile(r"(?:^|[^A-Za-z])(?:or|and|of|if|where|million|billion|thousand|hundred|trillion|dozen|pi|mod|for|not|no|less|more|cis|percent)(?:$|[^A-Za-z])", re.IGNORECASE)  # fmt: skip
 
 
 def ascii_form(text: str) -> str:
@@ -131,6 +131,10 @@ def clean(text: str) -> str:
     text = re.sub(r"(?:US)?\$|€|£|\\pounds|\\euro", " ", text)
     text = re.sub(r"(?<=\d)\s*(?:percent|per cent)\b", "%", text)
     text = text.replace("**", "^").replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ").replace("+-", r"\pm ") if not re.search(r"\d!=", text) else text.replace("**", "^")  # fmt: skip
+    text = text.replace("<>", r"\neq ")
+    text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
+    text = re.sub(r"\{\s*([a-zA-Z])\s*[:|]\s*(?=[^}|]*[<>=])", r"{ \1 \\mid ", text)
+    text = re.sub(r"\\\{\s*(?=\\begin\{(?:array|aligned|matrix|gathered|cases)\})", "", text)
     text = _WORD.sub(lambda m: " " + _WORDS[m[1]] + " ", text)
     text = re.sub(r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])", r"\\cup ", text)
     text = _SPACED_THOUSANDS.sub(lambda m: m[0].replace(" ", ""), text)

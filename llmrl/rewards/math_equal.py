@@ -46,6 +46,7 @@ def equal(gold: Node, answer: Node) -> bool | None:
 def _equal(gold: Node, answer: Node) -> bool | None:
     if gold == answer:
         return True
+    gold, answer = _spread(_bound(gold, answer), answer), _spread(_bound(answer, gold), gold)
     gold, answer = _named(gold, answer)
     if gold == answer:
         return True
@@ -85,7 +86,26 @@ def _named(gold: Node, answer: Node) -> tuple[Node, Node]:
         answer = _value(answer)
     elif gold[0] not in ("rel", "in") and answer[0] == "rel" and _chain(answer):
         answer = answer[1][-1]
+    elif answer[0] not in ("rel", "in") and gold[0] == "rel" and _chain(gold):
+        gold = gold[1][-1]
     return gold, answer
+
+
+def _spread(node: Node, other: Node) -> Node:
+    """(x, y) = (1, 2) as x = 1, y = 2, where the other side is such a list."""
+    if other[0] not in _COLLECTIONS or node[0] != "rel" or node[2] != ("=",) or any(s[0] != "tuple" for s in node[1]):
+        return node
+    left, right = node[1][0][3], node[1][1][3]
+    if len(left) != len(right):
+        return node
+    return ("seq", tuple(("rel", pair, ("=",)) for pair in zip(left, right, strict=True)))
+
+
+def _bound(node: Node, other: Node) -> Node:
+    r"""Without "k \in \mathbb{Z}" at its end, where the other side does not say it."""
+    if node[0] == "seq" and node[1][-1][0] == "in" and node[1][-1][2][0] == "all" and not has(other, "in"):
+        return node[1][0] if len(node[1]) == 2 else ("seq", node[1][:-1])
+    return node
 
 
 def _chain(node: Node) -> bool:
@@ -117,6 +137,8 @@ def _is_name(node: Node) -> bool:
             or (n[0] == "num" and n is node[2])
             for n in node[1:]
         )
+    if kind == "div":  # dy/dx
+        return all(_is_name(n) for n in node[1:])
     if kind == "tuple":
         return all(_is_name(n) for n in node[3])
     return (

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llmrl.rewards.math_parse import _Parser
 
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "Bmatrix", "vmatrix", "array", "smallmatrix"}
+_SYSTEMS = {"cases", "array", "aligned", "gathered"}
 _NUMBER_SETS = {"R": "R", "Z": "Z", "N": "N", "Q": "Q", "C": "C"}
 
 
@@ -90,7 +91,7 @@ def _decorated(p: _Parser, name: str) -> Node:
 
 def _matrix(p: _Parser) -> Node:
     found = re.compile(r"\s*\{(\w+)\*?\}").match(p.s, p.i)
-    if found is None or found[1] not in _MATRICES:
+    if found is None or found[1] not in _MATRICES | _SYSTEMS:
         raise NotRead("an environment that is no matrix")
     p.i = found.end()
     rows: list[tuple[Node, ...]] = []
@@ -113,4 +114,8 @@ def _matrix(p: _Parser) -> Node:
     if closing is None or len({len(r) for r in rows}) != 1:
         raise NotRead("a matrix that is not rectangular")
     p.i, p.brackets = closing.end(), brackets
+    if found[1] in _SYSTEMS and len(rows[0]) == 1 and all(r[0][0] == "rel" for r in rows):
+        return ("seq", tuple(r[0] for r in rows))
+    if found[1] not in _MATRICES:
+        raise NotRead("an environment that is no system of equations")
     return ("fn", "det", (("matrix", tuple(rows)),)) if found[1] == "vmatrix" else ("matrix", tuple(rows))

@@ -8,7 +8,7 @@ FUNCTIONS = (
     "arcsinh", "arccosh", "arctanh", "arcsin", "arccos", "arctan", "arccot", "arcsec", "arccsc", "arsinh", "arcosh",
     "artanh", "asinh", "acosh", "atanh", "asin", "acos", "atan", "sinh", "cosh", "tanh", "coth", "sech", "csch",
     "sin", "cos", "tan", "cot", "sec", "csc", "cosec", "log", "ln", "lg", "exp", "sqrt", "cbrt", "abs", "floor",
-    "ceiling", "ceil", "sgn", "sign", "max", "min", "gcd", "lcm", "det", "Re", "Im", "binomial", "binom", "factorial",
+    "ceiling", "ceil", "sgn", "sign", "max", "min", "gcd", "lcm", "det", "Re", "Im", "binomial", "binom", "factorial", "cis",
 )  # fmt: skip
 ALIASES = {
     "asin": "arcsin", "acos": "arccos", "atan": "arctan", "asinh": "arcsinh", "acosh": "arccosh", "atanh": "arctanh", "arsinh": "arcsinh",
@@ -55,4 +55,4 @@ def is_word(run: str) -> bool:
     if run.lower() in ENGLISH:
         return True
     rest = re.sub("|".join(PLAIN_NAMES), "", run)
-    return len(rest) >= 4 and not rest.isupper() and list(rest) != sorted(rest)
+    return len(rest) >= 4 and (len(rest) > 5 or not rest.isupper()) and list(rest) != sorted(rest)

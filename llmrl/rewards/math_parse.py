@@ -118,6 +118,9 @@ class _Parser:
         sides, signs = [self.sets()], []
         while (sign := RELATIONS.get(self.peek())) is not None:
             self.i += len(self.peek())
+            if self.s[: self.i].endswith("approx") and sides[-1][0] != "sym":
+                self.sets()  # the exact value counts
+                continue
             if sign in "<>" and self.take("="):
                 sign += "="
             if sign == "=" and self.peek() in ("<", ">"):
@@ -181,6 +184,8 @@ class _Parser:
                 after = self.power()
                 if _proper(after):
                     return ("add", node, after)
+                if after[0] == "pct" and _proper(after[1]):
+                    return ("pct", ("add", node, after[1]))
                 return ("mul", node, after)
             if token.isdigit():
                 found = re.compile(r"(\d+)\s*/\s*(\d+)(?![\d.])").match(self.s, self.i)
@@ -324,7 +329,7 @@ class _Parser:
         if (
             places is None
             and found[0].endswith(".")
-            and (again := re.compile(r"\\(?:overline|bar)\{(\d{1,40})\}").match(self.s, self.i))
+            and (again := re.compile(r"(?:\\(?:overline|bar)\{|\()(\d{1,40})[})]").match(self.s, self.i))
         ):
             self.i = again.end()
             return ("num", value + Fraction(int(again[1]), 10 ** len(again[1]) - 1), None)
@@ -362,7 +367,7 @@ class _Parser:
         bars, self.bars = self.bars, -1 if token == r"\{" and not call else 0
         brackets, self.brackets = self.brackets, self.brackets + 1 if token == r"\{" else self.brackets
         inner = self.answer()
-        if token == r"\{" and (self.take("|") or self.take(r"\mid") or self.take(":")):
+        if self.take(r"\mid") or (token == r"\{" and (self.take("|") or self.take(":"))):
             condition = self.answer()
             self.expect(end)
             self.bars, self.brackets = bars, brackets

@@ -121,6 +121,8 @@ def _end(node: Node, is_open: bool) -> End:
 def _relation(node: Node) -> RealSet | None:
     """x > 1, 1 < x <= 2, x != 3, x = 4 with numbers for ends; what is to the left and right of the variable has no variable of its own."""
     sides, signs = node[1], node[2]
+    if len(sides) == 2 and (found := _distance(sides, signs[0])) is not None:
+        return found
     names = [i for i, s in enumerate(sides) if s[0] == "sym"]
     if len(names) != 1:
         names = [
@@ -139,6 +141,20 @@ def _relation(node: Node) -> RealSet | None:
         other, flip = (sides[i], True) if i + 1 == at else (sides[i + 1], False)
         pieces = _intersection(pieces, _ray(other, _flip(sign) if flip else sign))
     return replace(pieces, name=name, certain=set(signs) != {"="})
+
+
+def _distance(sides: Sequence[Node], sign: str) -> RealSet | None:
+    """|x| < 2 and |x| > 2."""
+    if sides[1][0] == "fn":
+        sides, sign = (sides[1], sides[0]), _flip(sign)
+    if sides[0][:2] != ("fn", "abs") or sides[0][2][0][0] != "sym" or symbols(sides[1]) or sign in ("=", "!="):
+        return None
+    high = _end(sides[1], sign in ("<", ">"))
+    if not high.value > 0:
+        return None
+    low = End(-high.value, ("neg", sides[1]), high.open)
+    pieces = ((low, high),) if sign in ("<", "<=") else ((_infinity(-1), low), (high, _infinity(1)))
+    return RealSet(pieces, name=sides[0][2][0][1])
 
 
 def _flip(sign: str) -> str:

@@ -263,6 +263,8 @@ def _call(name: str, args: list[Value], at: Point) -> Value:
         if _log2(number) > 40 or (name.endswith("h") and name in _ANALYTIC and _log2(number) > 13):
             raise TooLarge("too large an argument")
         return getattr(mp, _INVERSE.get(name, name))(number)
+    if name == "cis":
+        return mp.cos(number) + mp.mpc(0, 1) * mp.sin(number)
     if name in ("Re", "Im"):
         return number.real if name == "Re" else number.imag
     if name == "arg":
