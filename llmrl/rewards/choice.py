@@ -31,7 +31,8 @@ def multiple_choice(completion: str, answer: Any, choices: Any = None) -> float 
 
 
 _CHOICE = re.compile(
-    r"(?:\\text\{)?(?:(?:option|choice|answer)\s+)?[\s(\[*$]*([A-Za-z1-9])(?:[)\].:,*$}]|\s*$|\s+[-–]\s)", re.I
+    r"[\s*$]*(?:\\(?:text|textbf|mathrm|mathbf|mbox)\{)?(?:(?:option|choice|answer)\s+)?[\s(\[*$]*([A-Za-z1-9])(?:[)\].:,*$}]|\s*$|\s+[-–]\s)",
+    re.I,
 )
 _SAID = re.compile(r"(?:answer|choice|option)(?:\s+is)?\s*:?[\s(\[*$]*([A-J])(?![\w'’])", re.I)
 

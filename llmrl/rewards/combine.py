@@ -61,7 +61,7 @@ def combine_group(
     """The reward of each row of a group: `rows` are the completions of one prompt, with a value for each of the `weights`.
 
     normalize_then_sum standardises each function's values over the group first, so that none drowns the others (GDPO,
-    arXiv 2601.05242, section 3).
+    arXiv 2601.05242).
     """
     if how == "gated":
         return [gated(row, weights, threshold) for row in rows]

@@ -26,7 +26,7 @@ from tests.rewards.conftest import rollout, rollouts
 @pytest.mark.parametrize(
     ("text", "letter"),
     [
-        ("The answer is (B).", "B"), ("**Answer: B**", "B"), (r"\boxed{B}", "B"), (r"so \boxed{\text{B}}", "B"), ("B", "B"),
+        ("The answer is (B).", "B"), ("**Answer: B**", "B"), (r"\boxed{B}", "B"), (r"so \boxed{\text{B}}", "B"), (r"Final answer: $\textbf{(B)}$", "B"), ("B", "B"),
         ("thinking about A and C\n\nB)", "B"), ("<think>the answer is A</think>The best answer is B", "B"), ("B. Lyon", "B"),
         ("<answer>Lyon</answer>", "B"), ("Option B", "B"), ("Answer: 2", "B"), ("answer: (b) Lyon", "B"),
         ("A is wrong. The answer is B, not C.", "B"),
