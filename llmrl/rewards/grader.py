@@ -80,7 +80,12 @@ class Grader:
         return [found[a.strip()] for a in answers]
 
     async def _scored(self, question: Question, answers: Sequence[str]) -> list[Graded]:
-        return list(await asyncio.gather(*(self._score(question, a) for a in answers)))
+        # All of them end before an error is passed on: none is left behind on the loop.
+        found = await asyncio.gather(*(self._score(question, a) for a in answers), return_exceptions=True)
+        for value in found:
+            if isinstance(value, BaseException):
+                raise value
+        return [v for v in found if isinstance(v, Graded)]
 
     async def _score(self, question: Question, answer: str) -> Graded:
         if not answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -40,13 +41,31 @@ class JudgedReward:
         self._gold_column = spec.args.get("column") if self.hybrid else None
         self._cache = JudgeCache(spec.judge.cache) if spec.judge.cache else None
         self._thread, self._used = AsyncThread(), False
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._endpoint = OpenAIJudge(spec.judge) if judge is None else None
         self.grader = Grader(judge or self._endpoint, spec.judge, self._cache)  # type: ignore[arg-type]
 
     def start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         """Runs a coroutine beside the caller."""
         self._used = True
-        return self._thread.start(work, _FOREVER)
+        return self._thread.start(self._tracked(work), _FOREVER)
+
+    async def _tracked(self, work: Coroutine[Any, Any, Any]) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            return await work
+        finally:
+            self._tasks.discard(task)
+
+    async def _end(self, endpoint: OpenAIJudge | None) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if endpoint is not None:
+            await endpoint.close()
 
     def question(self, prompt: Prompt) -> Question:
         """What the judge is asked about the answers to a prompt. Raises ConfigError where its row lacks what the rubric needs."""
@@ -111,9 +130,10 @@ class JudgedReward:
     def close(self) -> None:
         """Ends its thread and connections; may be called twice."""
         endpoint, self._endpoint = self._endpoint, None
-        if endpoint is not None and self._used:
+        if self._used:
+            self._used = False
             with suppress(TimeoutError):
-                self.start(endpoint.close()).exception(5.0)
+                self._thread.start(self._end(endpoint), _FOREVER).exception(5.0)
         self._thread.close()
         if self._cache is not None:
             self._cache.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import gc
 import logging
 import os
 import re
@@ -311,6 +312,16 @@ def test_budgets(judge, rubric, caplog, budget):  # noqa: F811
     assert sum(v is not None for v in values(scored)) == 3
     assert set(kinds(scored)) == {"score", "not-applicable"}
     assert caplog.text.count("budget is spent") == 1, "said once"
+
+
+def test_a_runner_that_is_closed_early_leaves_nothing_to_complain_about(judge, rubric, caplog):  # noqa: F811
+    judge.script = lambda ask: Answer(ask.verdict(4, 2), delay=5.0)
+    prompt, group = group_of("a", "b")
+    with RewardRunner([spec(judge, rubric)]) as runner, runner.session([prompt]) as session:
+        session.add(0, group)
+        assert wait_until(lambda: len(judge.asks) == 2)
+    gc.collect()
+    assert caplog.text == ""
 
 
 def group_of(*texts, **columns):
