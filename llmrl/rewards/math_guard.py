@@ -15,17 +15,31 @@ MAX_FACTORIAL = 2_000
 MAX_TERMS = 10_000
 MAX_POWER = 2_000  # exponent of something that is not a number: expanding it costs as many terms
 
+MAX_NESTING = 12  # brackets in brackets: math-verify's time doubles with each
+
 # Numbers joined by powers, each exponent opened after the sign: a^{b^{c}}, but not (a^b)^c.
 _TOWER = re.compile(r"(?<![\d.])\d[\d.]*(?:\s*(?:\^|\*\*)[\s{(+-]*\d[\d.]*)+")
 _FACTORIAL = re.compile(r"\d{5,}\s*[)}]?\s*!")
 
 
 def too_large_text(answer: str) -> bool:
-    """Powers and factorials of plain numbers, found in the text: math-verify computes some while parsing (in intervals and calls).
+    """Deep nesting, and powers and factorials of plain numbers, found in the text: math-verify computes some while parsing (in calls).
 
     Example: too_large_text("9^{9^{9^9}}") and too_large_text("(9^{9^9}, 1)"); not too_large_text("2^{1000}")
     """
-    return bool(_FACTORIAL.search(answer)) or any(_digits(m[0]) > MAX_DIGITS for m in _TOWER.finditer(answer))
+    return (
+        bool(_FACTORIAL.search(answer))
+        or _nesting(answer) > MAX_NESTING
+        or any(_digits(m[0]) > MAX_DIGITS for m in _TOWER.finditer(answer))
+    )
+
+
+def _nesting(answer: str) -> int:
+    depth = deepest = 0
+    for bracket in re.findall(r"[(\[{)\]}]", answer):
+        depth = depth + 1 if bracket in "([{" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _digits(tower: str) -> float:
