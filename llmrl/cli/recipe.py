@@ -107,13 +107,14 @@ def print_keys(kind: str) -> None:
 
 
 def _with_inner(key: str, field: Field, shown: set[Model]) -> Iterator[tuple[str, Field]]:
-    """The key, then the keys of the model in it, the first time that the model comes up."""
+    """The key, then the keys of the model in it and of those in that, the first time that a model comes up."""
     yield key, field
     model, in_list = sub_model(field.annotation)
     if model and model not in shown:
         shown.add(model)
         for name, inner in model.model_fields.items():
-            yield f"  .{'N.' if in_list else ''}{name}", inner
+            for deeper, its_field in _with_inner(f".{'N.' if in_list else ''}{name}", inner, shown):
+                yield f"  {deeper}", its_field
 
 
 def _default(field: Field) -> str:
