@@ -131,7 +131,7 @@ def test_config_given_wrong(argv):
             ["grpo", "model_name_or_path=m", "output_dir=o", "dataset=d.jsonl"],
             "rewards is empty: grpo needs a reward function",
         ),
-        (["grpo", "use_vllm=true"], "override use_vllm=true: leave it out"),
+        (["grpo", "use_vllm=true"], "override use_vllm=true: write rollout.engine"),
         (
             ["ppo", "model_name_or_path=m", "output_dir=o", "dataset=d.jsonl"],
             "rewards is empty: ppo needs a reward function or",
