@@ -27,6 +27,7 @@ COMMANDS = {
         "a run that must change nothing: does the engine sample with the trainer's weights?",
     ),
     "check": ("llmrl.cli.check", "what a recipe would do: rows, masks, lengths, batches, rewards, memory"),
+    "try-reward": ("llmrl.cli.try_reward", "a recipe's rewards on answers that you write"),
     "audit-verifier": ("llmrl.cli.audit", "a verifier against labelled answers: agreement, precision, recall"),
     "judge-check": ("llmrl.cli.judge_check", "a rubric's judge against planted attacks and known answers"),
     "serve": ("llmrl.cli.serve", "a vLLM server that training samples from; --check looks at one that runs"),

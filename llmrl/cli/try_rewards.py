@@ -20,13 +20,23 @@ from llmrl.types import Completion, Prompt, Rollout, ScoredRollout
 TRIED_ROWS, SEARCHED_ROWS, LISTED = 8, 100, 10
 
 
+def open_rewards(config: SamplingConfig) -> RewardRunner:
+    """The recipe's rewards; what fails is shown, and stops nothing."""
+    return RewardRunner(
+        config.rewards,
+        on_error="skip",
+        workers=config.reward_workers,
+        device=local_device(),
+        allow_code_execution=config.allow_code_execution,
+        combine=config.combine,
+        gate_threshold=config.gate_threshold,
+    )
+
+
 def try_rewards(config: SamplingConfig, console: Console, prompts: Sequence[Prompt], tokenizer: Any) -> list[str]:
     """Tries the rewards on the reference answers of a few rows, on a wrong answer and on an empty one."""
     problems: list[str] = []
-    device = local_device()
-    with RewardRunner(
-        config.rewards, on_error="skip", workers=config.reward_workers, device=device, allow_code_execution=config.allow_code_execution,
-    ) as runner:  # fmt: skip
+    with open_rewards(config) as runner:
         bad = runner.check_golds(prompts)
         references = {p.id: gold for p in prompts[:SEARCHED_ROWS] if (gold := _reference(p)) is not None}
         chosen = [p for p in prompts if p.id in references or not references][:TRIED_ROWS]
@@ -40,7 +50,7 @@ def try_rewards(config: SamplingConfig, console: Console, prompts: Sequence[Prom
         table.add_column("reward", justify="right")
         means: dict[str, float | None] = {}
         for variant, texts in variants.items():
-            scored = runner.score(_rollouts(chosen, texts, tokenizer))
+            scored = runner.score(answered(chosen, texts, tokenizer))
             means[variant] = _mean([s.reward for s in scored])
             table.add_row(variant, *(_cell(scored, name) for name in runner.names), _number(means[variant]))
             if failures := _failures(scored, variant):
@@ -86,7 +96,8 @@ def _answers(references: Sequence[str | None]) -> dict[str, list[str]]:
     return out
 
 
-def _rollouts(prompts: Sequence[Prompt], texts: Sequence[str], tokenizer: Any) -> list[Rollout]:
+def answered(prompts: Sequence[Prompt], texts: Sequence[str], tokenizer: Any) -> list[Rollout]:
+    """One rollout a prompt, with an answer that no model has written."""
     out = []
     for prompt, text in zip(prompts, texts, strict=True):
         ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
