@@ -183,7 +183,7 @@ def overlap() -> None:
     for staleness, steps in table.items():
         values = {
             k: median(s[name] for s in steps)
-            for k, name in (("step", "step_time"), ("waited_for_rollouts", "time/rollouts"), ("sync", "time/sync"))
+            for k, name in (("step", "step_time"), ("waited_for_rollouts", "rollout/seconds"), ("sync", "sync/seconds"))
         }
         values["training"] = values["step"] - values["waited_for_rollouts"] - values["sync"]
         line = {

@@ -153,7 +153,7 @@ class Rollouts:
             else:
                 experience = self.collector.collect(step, trainer_state=self.trainer_state)
                 self._cursor = self.sampler.state_dict()
-            self._engine_metrics["time/rollouts"] = time.monotonic() - began
+            self._engine_metrics["rollout/seconds"] = time.monotonic() - began
             self.trainer.backend.together(self.engine.verify)
             self.engine.rest()
         except LLMRLError as error:
@@ -170,7 +170,7 @@ class Rollouts:
         self._synced = version
         if report.count:
             moved = {"sync/tensors": float(report.count), "sync/bytes": float(report.bytes)}
-            self._engine_metrics |= {**moved, **self.canary.check(version), "time/sync": time.monotonic() - began}
+            self._engine_metrics |= {**moved, **self.canary.check(version), "sync/seconds": time.monotonic() - began}
 
     def _take(self, step: int) -> tuple[Experience, dict[str, Any]]:
         if self._ahead is None:

@@ -164,7 +164,9 @@ def _engine(trainer: Any, rows: Sequence[dict[str, Any]]) -> list[Finding]:
     if canaries:
         findings.append(_compare("log-probs of fixed tokens", canaries, bound))
         last = rows[-1]
-        moved = f"{last['sync/tensors']:.0f} tensors, {last['sync/bytes'] / 2**20:.1f} MiB in {last['time/sync']:.2f} s"
+        moved = (
+            f"{last['sync/tensors']:.0f} tensors, {last['sync/bytes'] / 2**20:.1f} MiB in {last['sync/seconds']:.2f} s"
+        )
         findings.append(
             Finding("weight sync", True, f"{moved}, each proved by count, digest, version and fixed tokens")
         )

@@ -67,7 +67,7 @@ class Ahead:
     def take(self, step: int) -> tuple[Experience, dict[str, Any]]:
         """The experience of `step`, the one after the last taken, and the cursor behind its prompts. Waits until it is made.
 
-        Its metrics say how many seconds it took (`time/rollouts_making`). What the thread raised in making this step is raised here,
+        Its metrics say how many seconds it took (`rollout/making_seconds`). What the thread raised in making this step is raised here,
         the same object; steps that were made before it are still given.
         """
         with self._changed:
@@ -97,7 +97,7 @@ class Ahead:
                 self._begin(step)
                 began = time.monotonic()
                 experience = self.collect(step)
-                seconds = {"time/rollouts_making": time.monotonic() - began}
+                seconds = {"rollout/making_seconds": time.monotonic() - began}
                 made = replace(experience, metrics={**experience.metrics, **seconds}), self.cursor()
                 with self._changed:
                     self._made.append(made)

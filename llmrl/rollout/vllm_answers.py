@@ -1,4 +1,4 @@
-"""What is asked of a generation server for one group, and what of its answer can be trusted."""
+"""What is asked of vLLM for one group, and what of its answer can be trusted: of a server's, and of the one in this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmrl.errors import SyncError
+from llmrl.errors import RolloutError, SyncError
 from llmrl.rollout.sampling import group_seed
 from llmrl.rollout.vllm_client import ServerFault, ServerGone
 from llmrl.types import Prompt, Sampling
@@ -46,28 +46,94 @@ class Answer:
     version: int
 
 
+def check_request(
+    prompts: Iterable[Prompt],
+    num_generations: int,
+    sampling: Sampling,
+    *,
+    max_model_len: int,
+    vocab_size: int,
+    remedy: str,
+) -> None:
+    """Raises RolloutError for what vLLM can't sample, or would sample otherwise. remedy: how its max_model_len is raised."""
+    if num_generations < 1 or sampling.max_tokens < 1:
+        raise RolloutError(
+            f"num_generations={num_generations} and max_tokens={sampling.max_tokens}: both must be at least 1."
+        )
+    if 0 < sampling.temperature < 0.01:
+        raise RolloutError(
+            f"temperature {sampling.temperature}: vLLM raises it to 0.01, and log-probs would be of that. Use 0 (greedy) or 0.01."
+        )
+    for prompt in prompts:
+        if not prompt.ids:
+            raise RolloutError(f"Prompt {prompt.id!r} has no tokens: there is nothing to continue. Drop the row.")
+        if len(prompt.ids) + sampling.max_tokens > max_model_len:
+            raise RolloutError(
+                f"Prompt {prompt.id!r} has {len(prompt.ids)} tokens; with max_tokens={sampling.max_tokens} that exceeds vLLM's "
+                f"max_model_len of {max_model_len}. {remedy}, or lower max_completion_length."
+            )
+        if not 0 <= min(prompt.ids) <= max(prompt.ids) < vocab_size:
+            raise RolloutError(
+                f"Prompt {prompt.id!r} holds a token id outside of the model's vocabulary of {vocab_size}. "
+                "The tokenizer is not this model's."
+            )
+
+
+def sampling_parameters(sampling: Sampling, prompt_id: str, n: int, stop_token_ids: Iterable[int]) -> dict[str, Any]:
+    """vLLM's SamplingParams for a group of `n` completions, which it seeds with the group's seed plus their index."""
+    return {
+        "n": n,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "max_tokens": sampling.max_tokens,
+        "seed": group_seed(sampling, prompt_id),
+        "logprobs": 0,
+        "ignore_eos": True,  # whether the eos stops is for stop_token_ids to say
+        "stop_token_ids": sorted(stop_token_ids),
+        "detokenize": False,
+    }
+
+
+def check_completion(
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+    reason: str | None,
+    *,
+    max_tokens: int,
+    stop_token_ids: frozenset[int],
+    vocab_size: int,
+) -> bool:
+    """Whether a stop token ended the completion. Raises ValueError for one that can't be trained on."""
+    if not 1 <= len(ids) <= max_tokens:
+        raise ValueError(f"a completion has {len(ids)} tokens, and 1 to {max_tokens} were asked for")
+    if not all(type(i) is int for i in ids) or not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(f"a token id is outside of the vocabulary of {vocab_size}")
+    if len(logprobs) != len(ids):
+        raise ValueError(f"{len(logprobs)} log-probs are not those of the {len(ids)} tokens")
+    if not all(map(math.isfinite, logprobs)) or max(logprobs) > _ROUNDING:
+        raise ValueError("a log-prob is not finite, or is positive")
+    if not stop_token_ids.isdisjoint(ids[:-1]):
+        raise ValueError("a completion goes on after a stop token")
+    stopped = ids[-1] in stop_token_ids
+    if reason != ("stop" if stopped else "length") or (not stopped and len(ids) < max_tokens):
+        raise ValueError(
+            f"finish_reason {reason!r} after {len(ids)} of {max_tokens} tokens, {'with' if stopped else 'without'} a stop token"
+        )
+    return stopped
+
+
 def request_body(
     request_id: str, prompt: Prompt, n: int, sampling: Sampling, stop_token_ids: Iterable[int], weights: Weights
 ) -> dict[str, Any]:
-    """The body of POST /inference/v1/generate for `n` completions, which vLLM seeds with the group's seed plus their index."""
+    """The body of POST /inference/v1/generate for `n` completions."""
     body: dict[str, Any] = {
         "request_id": request_id,
         "token_ids": list(prompt.ids),
         # Blocks that were cached under other weights can't serve this request, even if a reset of the cache was lost.
         "cache_salt": weights.label or "default",
-        "sampling_params": {
-            "n": n,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "max_tokens": sampling.max_tokens,
-            "seed": group_seed(sampling, prompt.id),
-            "logprobs": 0,
-            "ignore_eos": True,  # whether the eos stops is for stop_token_ids to say
-            "stop_token_ids": sorted(stop_token_ids),
-            "detokenize": False,
-        },
+        "sampling_params": sampling_parameters(sampling, prompt.id, n, stop_token_ids),
     }
     return body if weights.adapter is None else {**body, "model": weights.adapter}
 
@@ -101,23 +167,18 @@ class Reader:
 
     def _choice(self, choice: Mapping[str, Any]) -> Answer:
         """Raises ValueError, or what comes of reading something else than JSON of the right form, for a choice that can't be used."""
-        ids, content, reason = choice["token_ids"], choice["logprobs"]["content"], choice["finish_reason"]
-        if not 1 <= len(ids) <= self.max_tokens:
-            raise ValueError(f"a completion has {len(ids)} tokens, and 1 to {self.max_tokens} were asked for")
-        if not all(type(i) is int for i in ids) or not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"a token id is outside of the vocabulary of {self.vocab_size}")
+        ids, content = choice["token_ids"], choice["logprobs"]["content"]
         if [entry["token_id"] for entry in content] != ids:
             raise ValueError(f"{len(content)} log-probs are not those of the {len(ids)} tokens")
         logprobs = [entry["logprob"] for entry in content]
-        if not all(map(math.isfinite, logprobs)) or max(logprobs) > _ROUNDING:
-            raise ValueError("a log-prob is not finite, or is positive")
-        if not self.stop_token_ids.isdisjoint(ids[:-1]):
-            raise ValueError("a completion goes on after a stop token")
-        stopped = ids[-1] in self.stop_token_ids
-        if reason != ("stop" if stopped else "length") or (not stopped and len(ids) < self.max_tokens):
-            raise ValueError(
-                f"finish_reason {reason!r} after {len(ids)} of {self.max_tokens} tokens, {'with' if stopped else 'without'} a stop token"
-            )
+        stopped = check_completion(
+            ids,
+            logprobs,
+            choice["finish_reason"],
+            max_tokens=self.max_tokens,
+            stop_token_ids=self.stop_token_ids,
+            vocab_size=self.vocab_size,
+        )
         versions = self._versions(choice["weight_versions"], len(ids))
         oldest = min(self.weights.version, *versions)
         return Answer(tuple(ids), tuple(min(p, 0.0) for p in logprobs), stopped, versions, oldest)

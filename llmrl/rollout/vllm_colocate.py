@@ -16,7 +16,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -24,9 +23,9 @@ from llmrl.config.rollout import RolloutSettings
 from llmrl.errors import ConfigError, RolloutError, SyncError
 from llmrl.rollout import vllm_plugin
 from llmrl.rollout.fingerprint import Fingerprint, fingerprint
-from llmrl.rollout.sampling import group_seed
+from llmrl.rollout.vllm_answers import check_completion, check_request, sampling_parameters
 from llmrl.rollout.vllm_apart import Apart, set_default_group
-from llmrl.types import Completion, OnGroup, PolicyWeights, Prompt, Rollout, Sampling, SyncReport
+from llmrl.types import Completion, FinishReason, OnGroup, PolicyWeights, Prompt, Rollout, Sampling, SyncReport
 
 logger = logging.getLogger("llmrl")
 
@@ -51,9 +50,6 @@ _OURS = {
     "seed": "set the recipe's seed",
 }
 """Arguments of vLLM that can't be the user's, and why."""
-
-_ROUNDING = 1e-3
-"""Log-probs may be positive by this much: the sums of softmax are rounded."""
 
 _active = False
 
@@ -173,16 +169,14 @@ class ColocatedEngine:
         """
         engine = self._open()
         self._wake()
-        if num_generations < 1 or sampling.max_tokens < 1:
-            raise RolloutError(
-                f"num_generations={num_generations} and max_tokens={sampling.max_tokens}: both must be at least 1"
-            )
-        if 0 < sampling.temperature < 0.01:
-            raise RolloutError(
-                f"temperature {sampling.temperature}: vLLM raises it to 0.01, and log-probs would be of that. Use 0 (greedy) or 0.01"
-            )
-        for prompt in prompts:
-            self._check_prompt(prompt, sampling)
+        check_request(
+            prompts,
+            num_generations,
+            sampling,
+            max_model_len=self.max_model_len,
+            vocab_size=self.vocab_size,
+            remedy="Raise rollout.vllm_args.max_model_len",
+        )
         requests, first = self._pool([(prompt.id, prompt.ids) for prompt in prompts])
         # A greedy group is one completion, repeated: vLLM refuses to sample it more than once.
         n = num_generations if sampling.temperature > 0 else 1
@@ -192,7 +186,7 @@ class ColocatedEngine:
             with self._apart():
                 for name, i in places.items():
                     prompt_id, ids = requests[i]
-                    _submit(engine, name, ids, self._parameters(sampling, prompt_id, n))
+                    _submit(engine, name, ids, sampling_parameters(sampling, prompt_id, n, self.stop_token_ids))
             while self._unfinished():
                 with self._apart():
                     outputs = engine.step()
@@ -298,34 +292,6 @@ class ColocatedEngine:
             dist.all_gather_object(parts, mine, group=group.cpu_group)
         return [request for part in parts for request in part], sum(map(len, parts[: group.rank_in_group]))
 
-    def _check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
-        if not prompt.ids:
-            raise RolloutError(f"prompt {prompt.id!r} has no tokens: there is nothing to continue. Drop the row")
-        if len(prompt.ids) + sampling.max_tokens > self.max_model_len:
-            raise RolloutError(
-                f"prompt {prompt.id!r} has {len(prompt.ids)} tokens; with max_tokens={sampling.max_tokens} that exceeds vLLM's max_model_len "
-                f"of {self.max_model_len}. Raise rollout.vllm_args.max_model_len or lower max_completion_length"
-            )
-        if not 0 <= min(prompt.ids) <= max(prompt.ids) < self.vocab_size:
-            raise RolloutError(
-                f"prompt {prompt.id!r} holds a token id outside of the model's vocabulary of {self.vocab_size}: the tokenizer is not this model's"
-            )
-
-    def _parameters(self, sampling: Sampling, prompt_id: str, n: int) -> dict[str, Any]:
-        return {
-            "n": n,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "max_tokens": sampling.max_tokens,
-            "seed": group_seed(sampling, prompt_id),
-            "logprobs": 0,
-            "ignore_eos": True,  # whether the eos stops is for stop_token_ids to say
-            "stop_token_ids": sorted(self.stop_token_ids),
-            "detokenize": False,
-        }
-
     def _group(self, prompt: Prompt, output: Any, n: int, sampling: Sampling) -> list[Rollout]:
         answers = sorted(output.outputs, key=lambda answer: answer.index)
         if [answer.index for answer in answers] != list(range(n)):
@@ -335,24 +301,21 @@ class ColocatedEngine:
     def _completion(self, prompt: Prompt, answer: Any, sampling: Sampling) -> Completion:
         """Raises RolloutError for an answer that breaks its promise."""
         ids = tuple(answer.token_ids)
-        logprobs = tuple(float(at[token].logprob) for token, at in zip(ids, answer.logprobs or (), strict=False))
-        stops = [i for i, token in enumerate(ids) if token in self.stop_token_ids]
-        fault = None
-        if answer.finish_reason not in ("stop", "length"):
-            fault = f"finish_reason is {answer.finish_reason!r}"
-        elif not 0 < len(ids) <= sampling.max_tokens or len(logprobs) != len(ids):
-            fault = f"it has {len(ids)} tokens, of {sampling.max_tokens} at most, and {len(logprobs)} log-probs"
-        elif stops != ([len(ids) - 1] if answer.finish_reason == "stop" else []):
-            fault = f"finish_reason is {answer.finish_reason!r}, with stop tokens at {stops} of {len(ids)} tokens"
-        elif answer.finish_reason == "length" and len(ids) != sampling.max_tokens:
-            fault = f"it was cut after {len(ids)} tokens, and not after {sampling.max_tokens}"
-        elif not all(-np.inf < logprob <= _ROUNDING for logprob in logprobs):
-            fault = f"its log-probs are not those of probabilities: the largest is {max(logprobs)}, the least {min(logprobs)}"
-        if fault is not None:
-            raise RolloutError(f"vLLM's completion {answer.index} of prompt {prompt.id!r} can't be trained on: {fault}")
-        body = ids[:-1] if answer.finish_reason == "stop" else ids
-        text = self.tokenizer.decode(body, skip_special_tokens=True)
-        return Completion(ids, tuple(min(p, 0.0) for p in logprobs), answer.finish_reason, text, self.version)
+        logprobs = [float(at[token].logprob) for token, at in zip(ids, answer.logprobs or (), strict=False)]
+        try:
+            stopped = check_completion(
+                ids,
+                logprobs,
+                answer.finish_reason,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=self.stop_token_ids,
+                vocab_size=self.vocab_size,
+            )
+        except ValueError as error:
+            raise RolloutError(f"vLLM's answer to prompt {prompt.id!r} can't be trained on: {error}") from error
+        text = self.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+        finish: FinishReason = "stop" if stopped else "length"
+        return Completion(ids, tuple(min(p, 0.0) for p in logprobs), finish, text, self.version)
 
 
 class _Sent:

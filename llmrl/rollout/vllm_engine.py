@@ -19,7 +19,7 @@ import torch
 
 from llmrl.config.rollout import RolloutSettings
 from llmrl.errors import RolloutError, together
-from llmrl.rollout.vllm_answers import Answer, Reader, Weights, request_body
+from llmrl.rollout.vllm_answers import Answer, Reader, Weights, check_request, request_body
 from llmrl.rollout.vllm_client import ServerError, ServerFault, ServerGone, ServerRefused, VLLMServer, find_token
 from llmrl.rollout.vllm_fleet import Fleet, Member
 from llmrl.types import Completion, FinishReason, OnGroup, PolicyWeights, Prompt, Rollout, Sampling, SyncReport
@@ -174,27 +174,9 @@ class VLLMServerEngine:
         self._resent += 1
 
     def _check(self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling) -> None:
-        if num_generations < 1 or sampling.max_tokens < 1:
-            raise RolloutError(
-                f"num_generations={num_generations} and max_tokens={sampling.max_tokens}: both must be at least 1."
-            )
-        if 0 < sampling.temperature < 0.01:
-            raise RolloutError(
-                f"temperature {sampling.temperature}: vLLM raises it to 0.01, and log-probs would be of that. Use 0 (greedy) or 0.01."
-            )
-        for prompt in prompts:
-            if not prompt.ids:
-                raise RolloutError(f"Prompt {prompt.id!r} has no tokens: there is nothing to continue. Drop the row.")
-            if len(prompt.ids) + sampling.max_tokens > self.max_model_len:
-                raise RolloutError(
-                    f"Prompt {prompt.id!r} has {len(prompt.ids)} tokens; with max_tokens={sampling.max_tokens} that exceeds the servers' "
-                    f"max_model_len of {self.max_model_len}. Start them with a larger --max-model-len, or lower max_completion_length."
-                )
-            if not 0 <= min(prompt.ids) <= max(prompt.ids) < self.vocab_size:
-                raise RolloutError(
-                    f"Prompt {prompt.id!r} holds a token id outside of the model's vocabulary of {self.vocab_size}. "
-                    "The tokenizer is not this model's."
-                )
+        larger = "Start the servers with a larger --max-model-len"
+        sizes = {"max_model_len": self.max_model_len, "vocab_size": self.vocab_size}
+        check_request(prompts, num_generations, sampling, remedy=larger, **sizes)
 
     def _ask(self, server: VLLMServer, request_id: str, prompt: Prompt, n: int, sampling: Sampling) -> list[Answer]:
         """The checked answers of one request; a greedy group is one completion, repeated: vLLM refuses to sample it more than once."""

@@ -145,7 +145,7 @@ def test_seconds_of_making(start):
     ahead = start(maker)
     ahead.allow(0)
     threading.Timer(0.04, maker.go.release).start()
-    assert 0.02 < ahead.take(1)[0].metrics["time/rollouts_making"] < SOON
+    assert 0.02 < ahead.take(1)[0].metrics["rollout/making_seconds"] < SOON
 
 
 def test_steps_out_of_order_and_ones_that_could_never_come_are_refused(start):

@@ -170,6 +170,8 @@ def alone(directory: Path) -> dict:
     """One training process."""
     seen: dict = {"trained": [train(directory)]}
     model, tokenizer = load(directory)
+    import rich.style  # noqa: F401 - draws a number when it is first imported, which every trainer has done
+
     before = process_state()
 
     def note(name: str) -> None:
