@@ -216,7 +216,7 @@ def recipe(tiny_model_dir, tmp_path, models, **changes):
 def test_a_recipe_names_a_model(tiny_model_dir, tmp_path, models):
     spec = recipe(tiny_model_dir, tmp_path, models).rewards[0]
     assert (spec.model, spec.weight, spec.ensemble) == ([models[0]], 0.5, "mean")
-    with pytest.raises(ConfigError, match=r"`function` .* or a `model`"):
+    with pytest.raises(ConfigError, match=r"`function` .* a `model`"):
         recipe(tiny_model_dir, tmp_path, models, rewards={"model": models[0], "function": "length"})
 
 
