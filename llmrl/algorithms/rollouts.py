@@ -156,8 +156,8 @@ class Rollouts:
             self._engine_metrics["rollout/seconds"] = time.monotonic() - began
             self.trainer.backend.together(self.engine.verify)
             self.engine.rest()
-        except LLMRLError as error:
-            self._rescue(step, error)
+        except LLMRLError:
+            self._rescue(step)
             raise
         return experience
 
@@ -185,7 +185,7 @@ class Rollouts:
         self._ahead.allow(step - 1)
         return self._ahead.take(step)
 
-    def _rescue(self, step: int, error: LLMRLError) -> None:
+    def _rescue(self, step: int) -> None:
         """Ends sampling and saves what is trained so far; the weights are those after the step before."""
         self.close()
         if step > 1:

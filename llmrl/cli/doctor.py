@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -92,7 +93,7 @@ def _null_run(config: Any) -> tuple[list[Finding], bool]:
     try:
         trainer = trainer_class(config, callbacks=[_Collect(rows)])
     except LLMRLError as error:
-        return [Finding("set-up", False, str(error))], True
+        return [Finding("set-up", False, str(error))], os.environ.get("RANK", "0") == "0"
     findings = [_processes(trainer.backend)]
     before = _digest(trainer)
     try:
@@ -101,12 +102,9 @@ def _null_run(config: Any) -> tuple[list[Finding], bool]:
         findings.append(Finding("null run", False, f"stopped at step {len(rows) + 1} of {STEPS}: {error}"))
     else:
         findings.append(Finding("null run", True, f"{len(rows)} steps, {sum(r['step_time'] for r in rows):.1f} s"))
+        after = _digest(trainer)
         findings.append(
-            Finding(
-                "weights",
-                _digest(trainer) == before,
-                f"digest {before} before, {_digest(trainer)} after, at learning rate 0",
-            )
+            Finding("weights", after == before, f"digest {before} before, {after} after, at learning rate 0")
         )
     return [*findings, *_engine(trainer, rows)], trainer.backend.is_main
 

@@ -143,9 +143,7 @@ class DiskTransfer:
         self._files.close()
 
     def _accepts(self, server: VLLMServer, shipment: Shipment) -> bool:
-        if (
-            server.url in self._begun
-        ):  # everything may be loaded, and the update not be finished: its next request would end it
+        if server.url in self._begun:  # all may be loaded and the update not finished: the next request would end it
             return False
         try:
             if not self.proof.accept(server, shipment.label, shipment.content):

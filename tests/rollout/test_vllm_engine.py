@@ -22,7 +22,7 @@ from llmrl.rollout.vllm_answers import Reader, Weights
 from llmrl.rollout.vllm_client import ServerRefused
 from llmrl.rollout.vllm_engine import VLLMServerEngine
 from llmrl.types import Prompt, Sampling
-from tests.rollout.fake_vllm import GENERATE, FakeVLLM
+from tests.rollout.fake_vllm import GENERATE
 
 MODEL = {"model_type": "qwen2", "vocab_size": 384, "hidden_size": 48, "num_hidden_layers": 2}
 STOPS = (2, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50)
@@ -52,17 +52,6 @@ def _quick(monkeypatch):
     monkeypatch.setattr(vllm_fleet, "_POLL", 0.03)
     monkeypatch.setattr(vllm_fleet, "_REST", 0.03)
     monkeypatch.setenv("LLMRL_SERVER_TOKEN", "secret")
-
-
-@pytest.fixture
-def fakes(tiny_model_dir):
-    with FakeVLLM(tiny_model_dir) as one, FakeVLLM(tiny_model_dir) as two:
-        yield [one, two]
-
-
-@pytest.fixture
-def fake(fakes):
-    return fakes[0]
 
 
 @contextmanager

@@ -29,17 +29,6 @@ def _quick(monkeypatch):
     monkeypatch.setenv("LLMRL_SERVER_TOKEN", "secret")
 
 
-@pytest.fixture
-def fakes(tiny_model_dir):
-    with FakeVLLM(tiny_model_dir) as one, FakeVLLM(tiny_model_dir) as two:
-        yield [one, two]
-
-
-@pytest.fixture
-def fake(fakes):
-    return fakes[0]
-
-
 @pytest.fixture(scope="module")
 def expected(tiny_model_dir, tiny_tokenizer, tmp_path_factory):
     """The groups of a server without a fault."""
