@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import yaml
 
@@ -24,6 +24,7 @@ from llmrl.config.reward_model import RewardConfig
 from llmrl.config.sft import SFTConfig
 from llmrl.errors import ConfigError
 
+_R = TypeVar("_R", bound=Recipe)
 CONFIGS: dict[str, type[Recipe]] = {
     config.kind: config for config in (SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, EvalConfig)
 }
@@ -110,6 +111,15 @@ def load_recipe(kind: str, path: str | Path | None = None, overrides: Sequence[s
     except RecipeError as error:
         problems = [(_place(key, lines, overridden), text) for key, text in error.problems]
         raise RecipeError(problems, str(file or f"{kind} recipe")) from None
+
+
+def load_file(model: type[_R], file: Path) -> _R:
+    """Reads one YAML file into a model. Raises ConfigError with everything that is wrong with it, by line."""
+    data, lines = _read(file)
+    try:
+        return model(**data)
+    except RecipeError as error:
+        raise RecipeError([(_place(key, lines, {}), text) for key, text in error.problems], str(file)) from None
 
 
 def dump_recipe(config: Recipe) -> str:
