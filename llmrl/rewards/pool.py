@@ -19,8 +19,10 @@ from llmrl.rewards.process import WorkerProcess
 
 START_SECONDS = 180.0
 MAX_FAILED_STARTS = 3
-MAX_CHUNK = 32
+# A chunk is as many tasks as take about this long: few messages where tasks are cheap, and nobody waits long behind a slow one.
+CHUNK_SECONDS, MAX_CHUNK, FIRST_CHUNK = 0.05, 256, 8
 _TICK = 0.1
+_PAUSE = 0.001  # between two looks at workers that all have more than one task left: a wake-up a task costs more than a cheap task
 
 T = TypeVar("T")
 
@@ -72,6 +74,7 @@ class WorkerPool:
         for fd in (self._wake_read, self._wake_write):
             os.set_blocking(fd, False)
         self._closed, self._failed_starts = False, 0
+        self._mean: float | None = None  # seconds a task, of late
         try:
             self.description = self._wait_for_first()
         except BaseException:
@@ -162,10 +165,13 @@ class WorkerPool:
                     self._replenish()
                     self._assign()
                     poll, timeout = self._poll()
+                    pause = all(len(w.chunk) > 1 for w in self._workers)
                 except BaseException as error:
                     self._fail(error)
                     continue
             poll.poll(timeout * 1000)
+            if pause:
+                time.sleep(_PAUSE)
             with self._lock:
                 try:
                     self._receive()
@@ -201,7 +207,8 @@ class WorkerPool:
             if worker.state == "idle" and self._waiting:
                 # A task that has already taken a worker with it goes alone, so that nobody else waits behind it.
                 alone = self._waiting[0].deaths > 0
-                count = 1 if alone else min(MAX_CHUNK, -(-len(self._waiting) // (4 * self.size)))
+                most = FIRST_CHUNK if self._mean is None else max(1, min(MAX_CHUNK, int(CHUNK_SECONDS / self._mean)))
+                count = 1 if alone else min(most, -(-len(self._waiting) // (4 * self.size)))
                 jobs = [self._waiting.popleft() for _ in range(count)]
                 worker.assign(jobs, [job.work.tasks[job.number] for job in jobs])
 
@@ -212,9 +219,15 @@ class WorkerPool:
             if worker.state == "dead":
                 continue
             worker.flush()
-            ended = worker.died()
-            for message in worker.receive():
+            messages = worker.receive()
+            # Whether it lives is asked (a system call) only where it is silent.
+            ended = worker.died() if worker.broken or not messages else None
+            if ended:
+                messages += worker.receive()  # what it wrote before its end
+            for message in messages:
                 job = worker.chunk.popleft()
+                seconds = max(1e-6, message["seconds"])
+                self._mean = seconds if self._mean is None else 0.9 * self._mean + 0.1 * seconds
                 self._settle(job, job.work.answer(message))
             if worker.state == "busy" and not worker.chunk:
                 worker.state = "idle"

@@ -52,7 +52,8 @@ class WorkerProcess:
         self.chunk: deque[Any] = deque()
         self.begun: float | None = None
         self.since = time.monotonic()
-        self._decoder, self._outgoing, self._broken = Decoder(), bytearray(), ""
+        self._decoder, self._outgoing = Decoder(), bytearray()
+        self.broken = ""  # why nothing more can come from it
         _live.add(self)
         self._send({**setup, "sys_path": [*dict.fromkeys(p or os.getcwd() for p in [*sys.path, os.getcwd()])]})
 
@@ -74,10 +75,10 @@ class WorkerProcess:
             except BlockingIOError:
                 break
             except ValueError:
-                self._broken = "its worker sent something that is not the protocol"
+                self.broken = "its worker sent something that is not the protocol"
                 break
         if not data:
-            self._broken = "its worker closed its pipe"
+            self.broken = "its worker closed its pipe"
         answers = []
         for message in messages:
             if "ready" in message:
@@ -109,11 +110,11 @@ class WorkerProcess:
     def died(self) -> str | None:
         """How the worker came to its end by itself, or None while it works."""
         code = self.process.poll()
-        if code is None and self._broken:
+        if code is None and self.broken:
             try:
                 code = self.process.wait(1.0)
             except subprocess.TimeoutExpired:
-                return self._broken
+                return self.broken
         if code is None:
             return None
         return f"its worker exited with code {code}" if code >= 0 else f"its worker was killed by {_signal_name(-code)}"
