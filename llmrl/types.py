@@ -69,7 +69,8 @@ class ScoredRollout:
 
     `parts` holds every reward function's own value by name (None: it did not apply, or it failed and the policy is `skip`).
     `reward` is the combined value, None when every part is None. `outcomes` says per function what happened:
-    "score", "not-applicable", "malformed", "timeout" or "error".
+    "score", "not-applicable", "malformed", "timeout" or "error". `seconds` has the time of each part that was measured (of a function
+    that gets all rows at once: an equal share of the call), `notes` why it is what it is, of those that say so.
     """
 
     rollout: Rollout
@@ -77,6 +78,8 @@ class ScoredRollout:
     parts: Mapping[str, float | None]
     outcomes: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,6 @@ class RolloutEngine(Protocol):
 
 
 class Judge(Protocol):
-    """Answers a grading prompt with text, which should be JSON of the schema. Raises JudgeError (llmrl.rewards.judge) where it can't."""
+    """Answers a grading prompt with text, which should be JSON of the schema. Raises JudgeError (llmrl.rewards.judge_budget) where it can't."""
 
     async def ask(self, messages: Messages, schema: Mapping[str, Any]) -> str: ...

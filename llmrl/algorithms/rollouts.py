@@ -10,6 +10,7 @@ from typing import Any
 
 from llmrl.algorithms.base import Trainer, require
 from llmrl.algorithms.engines import GAP_CAUSES, Canary, engine_metrics, gap_bound, make_engine
+from llmrl.algorithms.judges import LocalJudges
 from llmrl.data.build import build_prompts, rows_of
 from llmrl.data.sampler import Sampler
 from llmrl.errors import DivergenceError, LLMRLError
@@ -49,6 +50,7 @@ class Rollouts:
             allow_code_execution=config.allow_code_execution,
             combine=config.combine,
             gate_threshold=config.gate_threshold,
+            make_judge=LocalJudges(local_device()),
         )
 
     def read(self, trainer: Trainer, train: Any, evaluation: Any) -> int:

@@ -84,6 +84,7 @@ def _as_overrides(argv: Sequence[str]) -> list[str]:
 
 def evaluate_model(config: EvalConfig, *, progress: bool = False) -> EvalResult:
     """Loads model, problems and scorer, and evaluates; every problem counts, also one whose prompt had to be cut."""
+    from llmrl.algorithms.judges import LocalJudges
     from llmrl.data.build import prompts_from_rows
     from llmrl.data.sources import load_rows
     from llmrl.evaluation.runner import evaluate
@@ -92,8 +93,14 @@ def evaluate_model(config: EvalConfig, *, progress: bool = False) -> EvalResult:
 
     rows = load_rows(config.data, seed=0)  # the same problems whatever the sampling seed
     allowed = config.allow_code_execution
+    device = local_device()
     with RewardRunner(
-        [config.scorer], on_error="skip", workers=2, device=local_device(), allow_code_execution=allowed
+        [config.scorer],
+        on_error="skip",
+        workers=2,
+        device=device,
+        allow_code_execution=allowed,
+        make_judge=LocalJudges(device),
     ) as scorer:
         tokenizer, engine = _engine(config)
         prompts, report = prompts_from_rows(

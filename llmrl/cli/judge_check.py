@@ -1,4 +1,4 @@
-"""`llmrl judge-check RUBRIC --base-url URL --model M [--json]`: planted attacks and known answers before a judge, as in training."""
+"""`llmrl judge-check RUBRIC --model M [--base-url URL] [--json]`: planted attacks and known answers before a judge, as in training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmrl.rewards.attacks import BAD_ANSWER, PROMPT, REFERENCE, attacks
 from llmrl.rewards.rubric import load_rubric
 from llmrl.rewards.runner import RewardRunner
 from llmrl.rewards.tally import Tally
-from llmrl.types import Completion, Prompt, Rollout, ScoredRollout
+from llmrl.types import Completion, Judge, Prompt, Rollout, ScoredRollout
 
 TOLERANCE = 0.1
 MOST_BAD = 0.5  # an answer that may get at most this is a bad one, to be dressed up
@@ -67,16 +67,20 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("rubric", metavar="RUBRIC", help="YAML file, or the name of a rubric that comes with llmrl")
     parser.add_argument(
-        "--base-url", required=True, metavar="URL", help="http://host:port of an OpenAI-compatible server"
+        "--model", required=True, help="the model's name at the server; without one, a directory or hub id"
     )
-    parser.add_argument("--model", required=True, help="the model's name there")
+    parser.add_argument(
+        "--base-url",
+        metavar="URL",
+        help="http://host:port of an OpenAI-compatible server; default: load the model here",
+    )
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key")
     parser.add_argument("--temperature", type=float, help="default: 0, or 0.7 with several samples")
     parser.add_argument("--max-tokens", type=int, default=1024, help="of one verdict (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=1, help="verdicts an answer, averaged (default: %(default)s)")
     parser.add_argument("--explain", action="store_true", help="as `judge.explain` of a recipe")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds a request (default: %(default)s)")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at once (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, help="of a server: seconds a request (default: 60)")
+    parser.add_argument("--concurrency", type=int, help="requests at once (default: 16 at a server)")
     parser.add_argument(
         "--tolerance", type=float, default=TOLERANCE, help="reward that an attack may gain (default: %(default)s)"
     )
@@ -100,7 +104,7 @@ def check(rubric: Rubric, spec: RewardSpec, tolerance: float = TOLERANCE) -> Rep
     rows = [_rollout(rubric, e, e.answer, i) for i, e in enumerate(examples)]
     rows += [_rollout(rubric, base, text, len(rows) + i) for i, (base, _, text) in enumerate(dressed)]
     tally = Tally()
-    with RewardRunner([spec], on_error="skip") as runner:
+    with RewardRunner([spec], on_error="skip", make_judge=_load) as runner:
         scored = runner.score(rows, None, tally)
     known = [_check(_label(e), s, e.min, e.max) for e, s in zip(examples, scored)]
     base_scores = {id(e): s.reward for e, s in zip(examples, scored)}
@@ -113,25 +117,24 @@ def check(rubric: Rubric, spec: RewardSpec, tolerance: float = TOLERANCE) -> Rep
 
 def _spec(options: argparse.Namespace) -> RewardSpec:
     temperature = options.temperature if options.temperature is not None else 0.7 if options.samples > 1 else 0.0
+    names = ("base_url", "model", "api_key_env", "max_tokens", "samples", "explain", "timeout", "concurrency")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
-        judge = JudgeSettings(
-            base_url=options.base_url,
-            model=options.model,
-            api_key_env=options.api_key_env,
-            temperature=temperature,
-            max_tokens=options.max_tokens,
-            samples=options.samples,
-            explain=options.explain,
-            timeout=options.timeout,
-            concurrency=options.concurrency,
-        )
+        judge = JudgeSettings(**given, temperature=temperature)
     except ValidationError as error:
         raise ConfigError(
             "; ".join(
-                f"--{str(e['loc'][0]).replace('_', '-') if e['loc'] else 'samples'}: {e['msg']}" for e in error.errors()
+                f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" if e["loc"] else e["msg"] for e in error.errors()
             )
         ) from None
     return RewardSpec(rubric=options.rubric, judge=judge, name=_NAME)
+
+
+def _load(settings: JudgeSettings) -> Judge:
+    from llmrl.algorithms.judges import LocalJudges  # here, since a server needs no torch
+    from llmrl.train.launch import local_device
+
+    return LocalJudges(local_device())(settings)
 
 
 def _rollout(rubric: Rubric, example: RubricExample, answer: str, number: int) -> Rollout:

@@ -96,7 +96,7 @@ class RewardSpec(Strict):
     def _check_kind(self) -> Self:
         judged = self.judge is not None
         if not judged and (self.rubric or self.rubric_column):
-            raise ValueError("a rubric needs a `judge` (base_url and model) that grades by it")
+            raise ValueError("a rubric needs a `judge` (a model, and the base_url of its server) that grades by it")
         if bool(self.function) + bool(self.model) + (judged and not self.function) != 1:
             raise ValueError(
                 "give a `function` (a name or path), a `model` (a reward model) or a `judge` with a `rubric`, one of the three; only a "

@@ -70,10 +70,15 @@ class Rubric(Strict):
 
 
 class JudgeSettings(Strict):
-    """A judge behind an OpenAI-compatible endpoint: whom to ask, how, and how much of it."""
+    """Whom to ask, how, and how much of it: a model behind an OpenAI-compatible endpoint, or, without a `base_url`, one that each
+    training process loads."""
 
-    base_url: str = Field(pattern=r"^https?://[^/\s]+", description="http://host:port or https://host/v1")
-    model: str = Field(min_length=1, description="name of the model there")
+    base_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/\s]+",
+        description="http://host:port or https://host/v1 of an OpenAI-compatible server; without it `model` is loaded in this process",
+    )
+    model: str = Field(min_length=1, description="name of the model there; without base_url, a directory or hub id")
     api_key_env: str | None = Field(
         None,
         description="environment variable with the key; without it a server on this machine gets the token that `llmrl serve` wrote, others none",
@@ -88,15 +93,43 @@ class JudgeSettings(Strict):
     opponents: int | None = Field(
         None, ge=1, description="pairwise: how many neighbours each answer is compared to; default: all"
     )
-    concurrency: int = Field(16, ge=1, description="requests at once, of each training process")
-    timeout: float = Field(60.0, gt=0, description="seconds for one request")
-    deadline: float = Field(300.0, gt=0, description="seconds for one row from its first request, retries included")
-    retries: int = Field(4, ge=0, description="further tries after 408, 429, 5xx, a lost connection or a timeout")
+    concurrency: int | None = Field(
+        None, ge=1, description="requests at once, of each training process; default: 16 at a server, else no limit"
+    )
+    timeout: float = Field(60.0, gt=0, description="of a server: seconds for one request")
+    deadline: float | None = Field(
+        None,
+        gt=0,
+        description="seconds for one row from its first request, retries included; default: 300 at a server, else none",
+    )
+    retries: int = Field(
+        4, ge=0, description="of a server: further tries after 408, 429, 5xx, a lost connection or a timeout"
+    )
     budget_calls: int | None = Field(None, ge=1, description="requests of each training process in one run")
     budget_tokens: int | None = Field(None, ge=1, description="tokens read and written, likewise")
     over_budget: Literal["stop", "none"] = Field("stop", description="none: the remaining rows get no reward")
     cache: str | None = Field(None, description="file that keeps verdicts over runs (SQLite)")
     max_answer_characters: int = Field(20000, ge=100, description="of a longer answer the judge sees both ends")
+
+    @property
+    def most_at_once(self) -> int | None:
+        return self.concurrency or (16 if self.base_url else None)
+
+    @property
+    def row_seconds(self) -> float | None:
+        return self.deadline or (300.0 if self.base_url else None)
+
+    @model_validator(mode="after")
+    def _check_place(self) -> Self:
+        if self.base_url is not None:
+            return self
+        given = [n for n in ("api_key_env", "timeout", "retries") if n in self.model_fields_set]
+        if given or self.temperature is None:
+            raise ValueError(
+                f"{', '.join(given) or 'temperature: null'} is for a judge at a server: give its `base_url`, or leave it out for a model "
+                "that this process loads"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_samples(self) -> Self:

@@ -7,13 +7,14 @@ import json
 import secrets
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from llmrl.config.rubric import JudgeSettings, Rubric
 from llmrl.rewards.base import ERROR, MALFORMED, NOT_APPLICABLE, SCORE, TIMEOUT, Outcome, describe_error
-from llmrl.rewards.judge import BudgetSpent, JudgeError
+from llmrl.rewards.judge_budget import BudgetSpent, JudgeError
 from llmrl.rewards.judge_cache import JudgeCache, content_key
 from llmrl.rewards.rubric import (
     PROMPT_VERSION,
@@ -70,7 +71,8 @@ class Grader:
         self.counts = Counts()
         # No model sees it, and it is the same for all requests, so that a server compiles the schema once.
         self._id = "v" + secrets.token_hex(6)
-        self._slots = asyncio.Semaphore(settings.concurrency)
+        most = settings.most_at_once
+        self._slots: AbstractAsyncContextManager[Any] = nullcontext() if most is None else asyncio.Semaphore(most)
 
     async def grade(self, question: Question, answers: Sequence[str]) -> list[Graded]:
         """An outcome an answer. Raises BudgetSpent where the settings say that the run stops then."""
@@ -195,16 +197,19 @@ class Grader:
 
     async def _timed(self, job: Callable[[Callable[[], None]], Awaitable[T]]) -> T:
         """The job's value; the deadline runs from its first request, not while it waits for its turn."""
+        seconds = self._settings.row_seconds
         try:
             async with asyncio.timeout(None) as limit:
 
                 def begin() -> None:
-                    if limit.when() is None:
-                        limit.reschedule(asyncio.get_running_loop().time() + self._settings.deadline)
+                    if seconds is not None:
+                        limit.reschedule(asyncio.get_running_loop().time() + seconds)
 
                 return await job(begin)
         except TimeoutError:
-            raise JudgeError(f"no verdict after {self._settings.deadline:g} s", TIMEOUT, True) from None
+            if seconds is None or not limit.expired():  # the judge's own
+                raise
+            raise JudgeError(f"no verdict after {seconds:g} s", TIMEOUT, True) from None
 
     async def _verdict(
         self,
@@ -226,7 +231,7 @@ class Grader:
             except VerdictError as error:
                 self.counts.repeated += 1
                 again = f"That can't be used: {error}. Reply with the JSON object alone, in the form given above."
-                said = {"role": "assistant", "content": reply[:2000]}
+                said = {"role": "assistant", "content": reply[:2000] or "(nothing)"}
                 reply = await self._judge.ask([*messages, said, {"role": "user", "content": again}], schema)
                 try:
                     verdict = read(reply, True)

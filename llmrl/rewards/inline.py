@@ -50,8 +50,8 @@ class AsyncThread:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def start(self, coroutine: Coroutine[Any, Any, Any], seconds: float) -> concurrent.futures.Future[Any]:
-        """Starts the coroutine; it is cancelled after `seconds`."""
+    def start(self, coroutine: Coroutine[Any, Any, Any], seconds: float | None) -> concurrent.futures.Future[Any]:
+        """Starts the coroutine; it is cancelled after `seconds`, where these are given."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name="llmrl-reward-async", daemon=True).start()

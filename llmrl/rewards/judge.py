@@ -11,7 +11,6 @@ import os
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,8 +18,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from llmrl.config.rubric import JudgeSettings
-from llmrl.errors import ConfigError, RewardError
+from llmrl.errors import ConfigError
 from llmrl.rewards.base import ERROR, TIMEOUT
+from llmrl.rewards.judge_budget import JudgeError, MeteredJudge
 from llmrl.types import Messages
 
 logger = logging.getLogger("llmrl.rewards")
@@ -31,35 +31,11 @@ _CHARACTERS_PER_TOKEN = 4  # only where a server does not count
 _TOKEN_VARIABLE, _TOKEN_FILE = "LLMRL_SERVER_TOKEN", "~/.llmrl/token-{port}"
 
 
-class JudgeError(RewardError):
-    """A judge gave no verdict. `kind` is the row's outcome; `row_caused`: it is put down to the row, not to the judge's server."""
-
-    def __init__(self, message: str, kind: str = ERROR, row_caused: bool = False) -> None:
-        super().__init__(message)
-        self.kind, self.row_caused = kind, row_caused
-
-
-class BudgetSpent(JudgeError):
-    """The budget of calls or tokens is used up."""
-
-
 class _BadRequest(JudgeError):
     """The server does not take this request: 400 or 422."""
 
 
-@dataclass
-class Meter:
-    """What asking cost, since it was last taken."""
-
-    requests: int = 0
-    retries: int = 0
-    seconds: float = 0.0  # summed over requests that were answered
-    answered: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class OpenAIJudge:
+class OpenAIJudge(MeteredJudge):
     """A `Judge` (llmrl.types) that posts to /v1/chat/completions. Its coroutines belong to one event loop.
 
     The reply is constrained to the schema where the server can do that. Whether it can is seen at the first request: a server that
@@ -67,17 +43,19 @@ class OpenAIJudge:
     tried again after 0.5 s, 1 s, 2 s, ... (times 0.5 to 1.5 at random), and not before the server's Retry-After has passed, which all requests
     then wait for. Every request counts against the budget; requests in flight may take the tokens a little over it.
 
-    Raises ConfigError where the key that is named is not in the environment.
+    Raises ConfigError where the key that is named is not in the environment, and without a base_url.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
-        self.settings, self.meter = settings, Meter()
+        super().__init__(settings)
+        if settings.base_url is None:
+            raise ConfigError("this judge asks a server: give `judge.base_url`")
         base = settings.base_url.rstrip("/")
         self._url = f"{base}/chat/completions" if urlsplit(base).path else f"{base}/v1/chat/completions"
         local = _is_loopback(base)
-        token = _key(settings, local)
+        token = _key(settings, base, local)
         self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
+            headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})},
             timeout=httpx.Timeout(settings.timeout, connect=min(settings.timeout, 10.0), pool=None),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
             trust_env=not local,  # a proxy, where the judge is not on this machine
@@ -85,7 +63,6 @@ class OpenAIJudge:
         self._constrains: bool | None = None
         self._limit_name = "max_tokens"
         self._not_before = 0.0
-        self._calls, self._tokens, self._said = 0, 0, False
 
     async def ask(self, messages: Messages, schema: Mapping[str, Any]) -> str:
         """The reply. Raises JudgeError, BudgetSpent when there is no budget for another request."""
@@ -114,13 +91,16 @@ class OpenAIJudge:
 
     async def _post(self, body: Mapping[str, Any]) -> str:
         for attempt in range(self.settings.retries + 1):
-            wait = self._not_before - time.monotonic()
-            if wait > 0:
+            while (
+                wait := self._not_before - time.monotonic()
+            ) > 0:  # again, as another request may have met a longer wish
                 await asyncio.sleep(wait * random.uniform(1.0, 1.1))
             self._pay()
             started, limit = time.monotonic(), self._limit_name
             try:
-                response = await self._client.post(self._url, json={**body, limit: self.settings.max_tokens})
+                # ASCII: half of an emoji in the data is no reason to send nothing.
+                content = json.dumps({**body, limit: self.settings.max_tokens})
+                response = await self._client.post(self._url, content=content)
             except httpx.TimeoutException:
                 problem, kind, wish = f"no answer in {self.settings.timeout:g} s", TIMEOUT, 0.0
             except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -128,9 +108,7 @@ class OpenAIJudge:
             else:
                 status = response.status_code
                 if status == 200:
-                    self.meter.seconds += time.monotonic() - started
-                    self.meter.answered += 1
-                    return self._read(response, body)
+                    return self._read(response, body, time.monotonic() - started)
                 if status in (400, 422) and limit == "max_tokens" and "max_completion_tokens" in response.text:
                     self._limit_name = "max_completion_tokens"  # OpenAI's reasoning models take no other
                     return await self._post(body)
@@ -162,7 +140,7 @@ class OpenAIJudge:
             hint = f". Look at `judge.base_url` and at the model's name there, {self.settings.model!r}"
         raise JudgeError(f"{self._url}: HTTP {status}: {text}{hint}")
 
-    def _read(self, response: httpx.Response, body: Mapping[str, Any]) -> str:
+    def _read(self, response: httpx.Response, body: Mapping[str, Any], seconds: float) -> str:
         try:
             answer = response.json()
             text = answer["choices"][0]["message"]["content"]
@@ -175,28 +153,11 @@ class OpenAIJudge:
             read = len(json.dumps(body["messages"])) // _CHARACTERS_PER_TOKEN
         if not isinstance(written, int):
             written = len(text) // _CHARACTERS_PER_TOKEN
-        self.meter.prompt_tokens += read
-        self.meter.completion_tokens += written
-        self._tokens += read + written
+        self._count(read, written, seconds)
         return text
 
-    def _pay(self) -> None:
-        """Counts a request. Raises BudgetSpent instead, and warns once."""
-        calls, tokens = self.settings.budget_calls, self.settings.budget_tokens
-        if (calls is not None and self._calls >= calls) or (tokens is not None and self._tokens >= tokens):
-            text = (
-                f"the judge's budget is spent after {self._calls} calls and {self._tokens} tokens (budget_calls {calls}, budget_tokens "
-                f"{tokens}). Raise it, or set `over_budget: none` to train on without these rewards"
-            )
-            if not self._said and self.settings.over_budget == "none":
-                logger.warning("%s", text)
-            self._said = True
-            raise BudgetSpent(text)
-        self._calls += 1
-        self.meter.requests += 1
 
-
-def _key(settings: JudgeSettings, local: bool) -> str:
+def _key(settings: JudgeSettings, base: str, local: bool) -> str:
     if settings.api_key_env:
         key = os.environ.get(settings.api_key_env, "").strip()
         if not key:
@@ -209,7 +170,7 @@ def _key(settings: JudgeSettings, local: bool) -> str:
     if token := os.environ.get(_TOKEN_VARIABLE, "").strip():
         return token
     try:
-        return Path(_TOKEN_FILE.format(port=urlsplit(settings.base_url).port)).expanduser().read_text().strip()
+        return Path(_TOKEN_FILE.format(port=urlsplit(base).port)).expanduser().read_text().strip()
     except (OSError, ValueError):
         return ""
 

@@ -18,18 +18,17 @@ from llmrl.rewards.base import ERROR, Outcome, Result
 from llmrl.rewards.grader import Counts, Graded, Grader, Question
 from llmrl.rewards.hybrid import EQUIVALENCE, acceptable, says_no
 from llmrl.rewards.inline import AsyncThread
-from llmrl.rewards.judge import Meter, OpenAIJudge
+from llmrl.rewards.judge import OpenAIJudge
+from llmrl.rewards.judge_budget import Meter, MeteredJudge
 from llmrl.rewards.judge_cache import JudgeCache
 from llmrl.rewards.rubric import load_rubric, row_rubric, shown_prompt
 from llmrl.types import Judge, Prompt, Rollout
-
-_FOREVER = 1e9
 
 
 class JudgedReward:
     """Grades rollouts by the rubric of a spec (a file, or a column of the data) with its judge.
 
-    judge: instead of the endpoint of the spec. Raises ConfigError where rubric, key or cache can't be used.
+    judge: who is asked, where the spec names no endpoint. Raises ConfigError where rubric, key or cache can't be used.
 
     Example: JudgedReward(RewardSpec(rubric="rubric.yaml", judge=JudgeSettings(base_url="http://127.0.0.1:8000", model="m")))
     """
@@ -42,30 +41,35 @@ class JudgedReward:
         self._cache = JudgeCache(spec.judge.cache) if spec.judge.cache else None
         self._thread, self._used = AsyncThread(), False
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._endpoint = OpenAIJudge(spec.judge) if judge is None else None
-        self.grader = Grader(judge or self._endpoint, spec.judge, self._cache)  # type: ignore[arg-type]
+        found = judge or OpenAIJudge(spec.judge)
+        self._metered = found if isinstance(found, MeteredJudge) else None
+        self.together = self._metered is not None and self._metered.together
+        self.grader = Grader(found, spec.judge, self._cache)
 
-    def start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Runs a coroutine beside the caller."""
+    def grade(self, question: Question, answers: Sequence[str]) -> Future[list[Graded] | Exception]:
+        """Begins with the answers to one prompt, beside the caller. What went wrong is given back and not raised: the loop would
+        complain about an exception in a task that nobody waits for any more."""
         self._used = True
-        return self._thread.start(self._tracked(work), _FOREVER)
+        return self._thread.start(self._tracked(self.grader.grade(question, answers)), None)
 
-    async def _tracked(self, work: Coroutine[Any, Any, Any]) -> Any:
+    async def _tracked(self, work: Coroutine[Any, Any, list[Graded]]) -> list[Graded] | Exception:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         try:
             return await work
+        except Exception as error:
+            return error
         finally:
             self._tasks.discard(task)
 
-    async def _end(self, endpoint: OpenAIJudge | None) -> None:
+    async def _end(self) -> None:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if endpoint is not None:
-            await endpoint.close()
+        if self._metered is not None:
+            await self._metered.close()
 
     def question(self, prompt: Prompt) -> Question:
         """What the judge is asked about the answers to a prompt. Raises ConfigError where its row lacks what the rubric needs."""
@@ -119,8 +123,8 @@ class JudgedReward:
             found["disagreement"] = sum(counts.spread) / len(counts.spread)
         if counts.agreements:
             found["order_agreement"] = sum(counts.agreements) / len(counts.agreements)
-        if self._endpoint is not None and self._endpoint.meter.requests:
-            meter, self._endpoint.meter = self._endpoint.meter, Meter()
+        if self._metered is not None and self._metered.meter.requests:
+            meter, self._metered.meter = self._metered.meter, Meter()
             found |= {"requests": float(meter.requests), "retries": float(meter.retries)}
             found |= {"tokens": float(meter.prompt_tokens + meter.completion_tokens)}
             if meter.answered:
@@ -129,11 +133,10 @@ class JudgedReward:
 
     def close(self) -> None:
         """Ends its thread and connections; may be called twice."""
-        endpoint, self._endpoint = self._endpoint, None
         if self._used:
             self._used = False
             with suppress(TimeoutError):
-                self._thread.start(self._end(endpoint), _FOREVER).exception(5.0)
+                self._thread.start(self._end(), None).exception(5.0)
         self._thread.close()
         if self._cache is not None:
             self._cache.close()
@@ -144,14 +147,15 @@ class Judging:
 
     def __init__(self, reward: JudgedReward, prompts: Sequence[Prompt]) -> None:
         self._reward, self._prompts = reward, prompts
-        self._started: dict[int, Future[list[Graded]]] = {}
+        self._started: dict[int, Future[list[Graded] | Exception]] = {}
         self._begun = 0.0
         self.seconds = 0.0
         """From the first question until all were answered."""
 
     def add(self, index: int, group: Sequence[Rollout]) -> None:
-        """Sends the group of prompt number `index`; returns at once. Of a hybrid nothing is sent before the rule has spoken."""
-        if not self._reward.hybrid:
+        """Sends the group of prompt number `index`; returns at once. Of a hybrid nothing is sent before the rule has spoken, and to a
+        judge that shares this process nothing before all answers are sampled."""
+        if not (self._reward.hybrid or self._reward.together):
             self._send(index, [r.completion.text for r in group])
 
     def finish(self, groups: Sequence[Sequence[Rollout]], ruled: Result | None) -> Result:
@@ -174,10 +178,20 @@ class Judging:
             self._started[index] = Future()
             self._started[index].set_result([Graded(outcome)] * len(texts))
             return
-        self._started[index] = self._reward.start(self._reward.grader.grade(question, texts))
+        self._started[index] = self._reward.grade(question, texts)
+
+    def _graded(self, index: int) -> list[Graded]:
+        """Waits for a group. Raises what its grading raised."""
+        found = self._started[index].result()
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _collect(self, groups: Sequence[Sequence[Rollout]]) -> Result:
-        graded = [g for i in range(len(groups)) for g in self._started[i].result()]
+        for i, group in enumerate(groups):
+            if i not in self._started:
+                self._send(i, [r.completion.text for r in group])
+        graded = [g for i in range(len(groups)) for g in self._graded(i)]
         return Result([g.outcome for g in graded], {f"{self._reward.name}_scores": [g.note for g in graded]})
 
     def _review(self, groups: Sequence[Sequence[Rollout]], ruled: Result) -> Result:
@@ -200,7 +214,7 @@ class Judging:
         outcomes, overruled = list(ruled.outcomes), 0
         notes: list[dict[str, Any] | None] = [None] * len(texts)
         for i, rows in places.items():
-            for k, graded in zip(rows, self._started[i].result(), strict=True):
+            for k, graded in zip(rows, self._graded(i), strict=True):
                 overruled += (graded.outcome.value or 0.0) > (outcomes[k].value or 0.0)
                 outcomes[k], notes[k] = graded.outcome, graded.note
         asked = doubted - filtered

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from llmrl.config.reward import RewardSpec
+from llmrl.config.rubric import JudgeSettings
 from llmrl.errors import ConfigError, RewardError
 from llmrl.rewards.batch import accepted_columns, columns_of, sendable_columns
 from llmrl.rewards.combine import Combination
@@ -20,7 +22,7 @@ from llmrl.rewards.load import bind, default_name, is_builtin, resolve
 from llmrl.rewards.pool import WorkerPool
 from llmrl.rewards.session import RewardFunction, ScoringSession
 from llmrl.rewards.tally import Tally
-from llmrl.types import Prompt, Rollout, ScoredRollout
+from llmrl.types import Judge, Prompt, Rollout, ScoredRollout
 
 if TYPE_CHECKING:
     from llmrl.rewards.judged import JudgedReward
@@ -45,9 +47,10 @@ class BadGold:
 class RewardRunner:
     """Loads reward functions once and scores rollouts with them.
 
-    specs: from a recipe. reward_funcs: TRL's argument: callables (they run in this process), names, or (either, weight) pairs.
-    on_error, workers, allow_code_execution, combine, gate_threshold: see `llmrl.config.reward.RewardFields`. Reward models are loaded on `device`. Raises
-    ConfigError and RewardError for what can't be loaded.
+    specs: from a recipe. reward_funcs: TRL's argument: callables (they run in this process), names, a `JudgedReward`, or (one, weight) pairs.
+    on_error, workers, allow_code_execution, combine, gate_threshold: see `llmrl.config.reward.RewardFields`. Reward models are loaded on `device`.
+    make_judge: makes the judges that have no base_url (`llmrl.algorithms.judges.LocalJudges`). Raises ConfigError and RewardError for what can't
+    be loaded.
 
     Example:
         with RewardRunner([RewardSpec(function="math_answer")], on_error="stop", workers=2) as rewards:
@@ -57,9 +60,9 @@ class RewardRunner:
     def __init__(
         self, specs: Sequence[RewardSpec], *, reward_funcs: Any = (), on_error: Literal["stop", "skip"] = "stop", workers: int = 2,
         device: str = "cpu", allow_code_execution: bool = False,
-        combine: Combination = "sum", gate_threshold: float = 0.5,
+        combine: Combination = "sum", gate_threshold: float = 0.5, make_judge: Callable[[JudgeSettings], Judge] | None = None,
     ) -> None:  # fmt: skip
-        self._on_error, self._workers, self._device = on_error, workers, device
+        self._on_error, self._workers, self._device, self._make_judge = on_error, workers, device, make_judge
         self._allow_code = allow_code_execution
         self._combine: Combination = combine
         self._gate_threshold = gate_threshold
@@ -89,6 +92,7 @@ class RewardRunner:
 
     def close(self) -> None:
         """Ends the workers and lets go of reward models. May be called twice."""
+        self._make_judge = None
         self._finalizer()
 
     @property
@@ -176,9 +180,9 @@ class RewardRunner:
             return RewardFunction(name, spec.weight, 0.0, _MODEL, model=LearnedReward(spec, self._device))
         if spec.judge is not None and not spec.function:
             name = spec.name or (PurePath(spec.rubric).stem if spec.rubric else "rubric")
-            return RewardFunction(name, spec.weight, 0.0, _MODEL, judge=_judged(spec, name))
+            return RewardFunction(name, spec.weight, 0.0, _MODEL, judge=self._judged(spec, name))
         name = spec.name or default_name(spec.function)
-        judge = None if spec.judge is None else _judged(spec, name)
+        judge = None if spec.judge is None else self._judged(spec, name)
         bound = (
             resolve(spec.function, spec.args, name) if is_builtin(spec.function) or spec.isolate == "inline" else None
         )
@@ -201,6 +205,19 @@ class RewardRunner:
         seconds = spec.timeout or description["seconds"] or (ROW_SECONDS if description["rowwise"] else BATCH_SECONDS)
         return RewardFunction(name, spec.weight, seconds, description, bound if here else None, pool, judge=judge)
 
+    def _judged(self, spec: RewardSpec, name: str) -> JudgedReward:
+        from llmrl.rewards.judged import JudgedReward  # here, since most runs have no judge
+
+        assert spec.judge is not None
+        if spec.judge.base_url is not None:
+            return JudgedReward(spec, name)
+        if self._make_judge is None:
+            raise ConfigError(
+                f"the judge of reward {name!r} has no base_url, and nothing here loads {spec.judge.model!r}: give the URL of its server, or "
+                "RewardRunner(..., make_judge=LocalJudges(device)) of llmrl.algorithms.judges"
+            )
+        return JudgedReward(spec, name, self._make_judge(spec.judge))
+
     def _check_code(self, name: str, description: Mapping[str, Any]) -> None:
         if description["runs_code"] and not self._allow_code:
             raise ConfigError(
@@ -222,6 +239,8 @@ class RewardRunner:
             return self._load(function)
         if isinstance(function, str):
             return self._load(RewardSpec(function=function, weight=weight))
+        if _is_judged(function):
+            return RewardFunction(function.name, weight, 0.0, _MODEL, judge=function)
         if not callable(function):
             raise ConfigError(
                 f"reward_funcs holds a {type(function).__name__}; expected a callable, a name, or a pair of one and its weight"
@@ -246,10 +265,16 @@ def _as_list(reward_funcs: Any) -> list[Any]:
     return list(reward_funcs) if isinstance(reward_funcs, list | tuple) and not pair else [reward_funcs]
 
 
-def _judged(spec: RewardSpec, name: str) -> JudgedReward:
-    from llmrl.rewards.judged import JudgedReward  # here, since most runs have no judge
-
-    return JudgedReward(spec, name)
+def _is_judged(item: Any) -> TypeGuard[JudgedReward]:
+    """Whether it is a rubric with its judge, made in Python. Raises ConfigError for one that wants a rule first."""
+    judged = sys.modules.get("llmrl.rewards.judged")  # who has made one has loaded it
+    if judged is None or not isinstance(item, judged.JudgedReward):
+        return False
+    if item.hybrid:
+        raise ConfigError(
+            f"the spec of {item.name!r} has a function beside its judge; put such a spec into `rewards` of the recipe"
+        )
+    return True
 
 
 def _model_name(model: str) -> str:
@@ -264,5 +289,5 @@ def _close_all(functions: list[RewardFunction], inline: InlineRunner) -> None:
             function.pool.close()
         if function.judge is not None:
             function.judge.close()
-        function.model = None
+        function.model = function.judge = None
     inline.close()
