@@ -74,7 +74,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def sample_sizes(counts: Sequence[int]) -> list[int]:
+    """The k that pass@k and maj@k are listed for: 1, 2, 4, ... and the largest number of samples a problem."""
+    most = max(counts, default=0)
+    return sorted({2**i for i in range(most.bit_length())} | {most}) if most else []
+
+
 def mean_pass_at_k(correct: Sequence[int], n: int) -> dict[int, float]:
     """pass@k averaged over problems, for k = 1, 2, 4, ... and n itself."""
-    ks = sorted({2**i for i in range(n.bit_length())} | {n})
-    return {k: sum(pass_at_k(n, int(c), k) for c in correct) / len(correct) for k in ks}
+    return {k: sum(pass_at_k(n, int(c), k) for c in correct) / len(correct) for k in sample_sizes([n])}

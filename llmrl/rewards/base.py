@@ -89,6 +89,7 @@ class RowVerifier:
         check_gold: Callable[..., str | None] | None = None,
         check_args: Callable[..., str | None] | None = None,
         warm_up: Callable[[], None] | None = None,
+        read_answer: Callable[..., str | None] | None = None,
         runs_code: bool = False,
         seconds: float | None = None,
     ) -> None:
@@ -98,6 +99,7 @@ class RowVerifier:
             )
         self.score, self.safe, self.runs_code, self.seconds = score, safe, runs_code, seconds
         self.check_gold, self.check_args, self.warm_up = check_gold, check_args, warm_up
+        self.read_answer = read_answer
         functools.update_wrapper(self, score)
 
     def __call__(self, prompts=None, completions=None, completion_ids=None, **columns: Any) -> list[float | None]:
@@ -121,6 +123,7 @@ def row_verifier(score: Callable[..., Any] | None = None, **options: Any) -> Any
     `check_gold(**columns, **args)` returns why the row's reference answer can't be used, or None. `check_args(**args)` likewise.
     `runs_code=True` says that it runs what the model wrote: a recipe must then allow it (`allow_code_execution: true`).
     `seconds` is the deadline of a row where the recipe gives no `timeout`.
+    `read_answer(completion, **columns, **args)` returns what the function takes for the answer of a completion, or None; in linear time on any text.
     `warm_up()` is called in a worker before it takes rows: slow imports belong there, not into the first row's deadline.
     """
     return (lambda function: RowVerifier(function, **options)) if score is None else RowVerifier(score, **options)

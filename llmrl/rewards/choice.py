@@ -12,6 +12,7 @@ from llmrl.rewards.text import body, normalized, spoken
 
 @row_verifier(
     safe=True,
+    read_answer=lambda completion, *, choices=None, **_: chosen_letter(completion, choices),
     check_gold=lambda *, answer=None, choices=None, **_: (
         None
         if _letter(answer, choices) is not None

@@ -18,7 +18,16 @@ def check_gold(*, column: str | None = None, **columns: Any) -> str | None:
     return None
 
 
-@row_verifier(safe=True, check_gold=check_gold)
+def read_answer(completion: str, *, column: str | None = None, **columns: Any) -> str | None:
+    """The final answer of a completion as `exact_match` reads it, or None."""
+    try:
+        numeric = number_with_unit(gold_answer(columns, column)) is not None
+    except DataError:
+        numeric = False
+    return final_answer(completion, numeric=numeric)
+
+
+@row_verifier(safe=True, check_gold=check_gold, read_answer=read_answer)
 def exact_match(completion: str, *, column: str | None = None, **columns: Any) -> float | None:
     r"""1.0 when the final answer equals the reference, else 0.0; None when the row has no reference.
 
@@ -33,7 +42,7 @@ def exact_match(completion: str, *, column: str | None = None, **columns: Any) -
     except DataError:
         return None
     number = number_with_unit(gold)
-    answer = final_answer(completion, numeric=number is not None)
+    answer = read_answer(completion, column=column, **columns)
     if answer is None:
         return 0.0
     if number is not None:

@@ -45,7 +45,31 @@ def _warm_up() -> None:
     equivalent(r"\sqrt{2}", r"\sqrt{3}")
 
 
-@row_verifier(check_gold=check_gold, warm_up=_warm_up)
+def read_answer(completion: str, *, column: str | None = None, **columns: Any) -> str | None:
+    r"""The final answer of a completion as `math_answer` reads it, whatever its value; None where there is none. Compares nothing.
+
+    Several boxes are one list where the reference is a list and the last box alone is none.
+    Example: read_answer(r"so \boxed{\frac{2}{4}}", answer="0.5") -> r"\frac{2}{4}"
+    """
+    try:
+        gold = _gold(columns, column)
+    except DataError:
+        return final_answer(completion, numeric=False)
+    if len(completion) < len(gold) + EXTRA_CHARACTERS and same_text(completion, gold):
+        return completion.strip()
+    answer = _answer(completion, gold)
+    if answer is not None and _is_list(gold) and not _is_list(answer):
+        boxes = all_boxed(completion) or []
+        return ", ".join(boxes) if len(boxes) > 1 else answer
+    return answer
+
+
+def _is_list(answer: str) -> bool:
+    trees = reading(answer).whole
+    return bool(trees) and trees[0][0] in ("seq", "set", "or", "and")
+
+
+@row_verifier(check_gold=check_gold, warm_up=_warm_up, read_answer=read_answer)
 def math_answer(completion: str, *, column: str | None = None, **columns: Any) -> float | None:
     r"""1.0 when the final answer equals the reference as mathematics, else 0.0; None when the row has no usable reference.
 
@@ -68,8 +92,7 @@ def math_answer(completion: str, *, column: str | None = None, **columns: Any) -
     verdict = equivalent(gold, answer)
     if verdict is False and (boxes := all_boxed(completion)) is not None and len(boxes) > 1:
         # Several boxes are a set, wherever they stand; one box among others is no hedge, since only the last is the answer.
-        trees = reading(gold).whole
-        if trees and trees[0][0] in ("seq", "set", "or", "and"):
+        if _is_list(gold):
             verdict = equivalent(gold, ", ".join(boxes))
     return None if verdict is None else float(verdict)
 
