@@ -8,13 +8,14 @@ from fractions import Fraction
 from typing import Any
 
 from llmrl.errors import DataError
+from llmrl.functional.boxed import BOX, braced
+from llmrl.functional.boxed import last_boxed as last_boxed  # others take it from here
 
 MAX_BOXES = 64
 MAX_NUMBER = 400  # characters of what is read as a plain number
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?")
 _NUMBER_FIRST = re.compile(r"[-+]?\s*[$€£]?\s*(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?")
 _IN_TEXT = re.compile(r"(?<![\w.,])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)?(?:\.\d+)?(?=$|\D)")
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 _BETWEEN_BOXES = re.compile(r"(?:[\s,;$.]|\\[()\[\],; ]|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|\\q?quad)*")
 _MARKER = re.compile(r"(?:(?:final )?answer(?: is)?[*_]*[:：][*_]*|answer is[*_]*|####)", re.IGNORECASE)
 # A word after a number that makes it another number: such an answer is not "a number and its unit".
@@ -33,37 +34,18 @@ _WRAPS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")
 _STYLED = re.compile(r"\\(?:text|textbf|mathbf|mathrm|mbox)\{([^{}]*)\}")
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last closed `\boxed{...}` or `\fbox{...}`, nested braces included; None when there is none.
-
-    Example: last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}") -> r"\frac{1}{2}"
-    """
-    end = len(text)
-    for box in reversed(list(_BOX.finditer(text))):
-        rest = text[box.end() : box.end() + 64]
-        if rest.lstrip().startswith("{"):
-            content = _braced(text, text.index("{", box.end()), end)
-            if content is not None:
-                return content
-        elif plain := re.match(r"\s+([^\s$\\{}]{1,32})", rest):
-            return plain[1]
-        # An unclosed box was cut off by the length limit: what is inside it is no answer, and the search goes on before it.
-        end = box.start()
-    return None
-
-
 def all_boxed(text: str) -> list[str] | None:
     r"""The contents of all closed boxes that are not inside another, in order; None when the text has too many to be answers."""
     out: list[str] = []
     end = -1
-    for box in _BOX.finditer(text):
+    for box in BOX.finditer(text):
         if box.start() < end:
             continue
         if len(out) == MAX_BOXES:
             return None
         if text[box.end() : box.end() + 8].lstrip().startswith("{"):
             opening = text.index("{", box.end())
-            content = _braced(text, opening, len(text))
+            content = braced(text, opening, len(text))
             if content is None:
                 return out
             out.append(content)
@@ -73,14 +55,14 @@ def all_boxed(text: str) -> list[str] | None:
 
 def _joined_boxes(text: str) -> str | None:
     r"""The last boxes of the text as one list, where nothing but commas, "and" and "or" stands between them; None for a single box."""
-    last = list(_BOX.finditer(text))[-MAX_BOXES:]
+    last = list(BOX.finditer(text))[-MAX_BOXES:]
     if len(last) < 2:
         return None
     run: list[str] = []
     end = -1
     for box in last:
         opening = text.find("{", box.end(), box.end() + 8)
-        content = _braced(text, opening, len(text)) if opening >= 0 else None
+        content = braced(text, opening, len(text)) if opening >= 0 else None
         if content is None:
             return None
         if box.start() < end:
@@ -90,16 +72,6 @@ def _joined_boxes(text: str) -> str | None:
         run.append(content)
         end = opening + len(content) + 2
     return ", ".join(run) if len(run) > 1 else None
-
-
-def _braced(text: str, opening: int, end: int) -> str | None:
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", text[opening:end], re.DOTALL):
-        if brace[0] in "{}":
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                return text[opening + 1 : opening + brace.start()]
-    return None
 
 
 def marked_answer(text: str) -> str | None:
@@ -132,7 +104,7 @@ def final_answer(text: str, *, numeric: bool) -> str | None:
     A text that was cut off inside a box has no answer: of "\\boxed{42" nobody knows whether it would have been 420.
     """
     marked = marked_answer(text)
-    return last_number(text) if marked is None and numeric and not _BOX.search(text) else marked
+    return last_number(text) if marked is None and numeric and not BOX.search(text) else marked
 
 
 def unwrap(answer: str) -> str:
