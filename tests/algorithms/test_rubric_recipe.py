@@ -9,6 +9,7 @@ import pytest
 from llmrl.algorithms.grpo import GRPOTrainer
 from llmrl.config.grpo import GRPOConfig
 from llmrl.config.load import load_recipe
+from llmrl.models.init import init_model
 from llmrl.rewards.rubric import load_rubric
 from tests.rewards.scripted_judge import Answer, judge  # noqa: F401  (a fixture)
 
@@ -80,3 +81,24 @@ def test_two_steps_of_a_hybrid(judge, tiny_model_dir, tmp_path, function):  # no
     assert len(steps) == 2
     assert 0 < steps[0][f"hybrid/{function}/asked"] <= 1
     assert steps[0][f"reward_outcomes/{function}/score"] == 8
+
+
+def test_two_steps_with_a_judge_that_the_run_loads(tiny_model_dir, tmp_path):
+    """An untrained judge gives no verdict, and the rows that it was asked about have no reward."""
+    judge_dir = init_model(
+        tmp_path / "judge", texts=["You grade answers that another system wrote."], vocab_size=300, hidden_size=32, num_layers=1,
+        num_heads=2, max_position_embeddings=8192,
+    )  # fmt: skip
+    spec = {"function": "exact_match", "judge": {"model": str(judge_dir), "max_tokens": 4}}
+    config = GRPOConfig(
+        model_name_or_path=str(tiny_model_dir), output_dir=str(tmp_path / "run"), batch_size=2, num_generations=4,
+        max_completion_length=8, max_steps=2, learning_rate=1e-3, on_error="skip", rewards=[spec, "think_format"],
+    )  # fmt: skip
+    GRPOTrainer(config, train_dataset=ROWS).train()
+    steps = lines(tmp_path / "run")
+    assert len(steps) == 2
+    asked = round(8 * steps[0]["hybrid/exact_match/asked"])
+    assert asked > 0
+    assert steps[0]["reward_outcomes/exact_match/malformed"] == asked
+    assert steps[0]["judge/exact_match/failures"] == 1.0
+    assert steps[0]["judge/exact_match/latency_seconds"] > 0
