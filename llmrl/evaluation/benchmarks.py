@@ -5,19 +5,25 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmrl.config.benchmark import BenchmarkSpec, PromptTemplate
 from llmrl.config.data import DatasetSource
 from llmrl.config.load import load_file
-from llmrl.data.convert import CONVERTERS, Record, is_record
+from llmrl.data.convert import CONVERTERS, Converter, Record, read
 from llmrl.data.sources import Row, load_rows
 from llmrl.errors import ConfigError, DataError
 
 SPECS = Path(__file__).with_name("specs")
 _LOCAL = ("{name}.jsonl", "{name}.jsonl.gz", "eval_{name}.jsonl", "eval_{name}.jsonl.gz", "code_{name}.jsonl")
+# As papers and other tools call them; hyphens, underscores and capitals don't matter.
+_OTHER_NAMES = {
+    "aime2024": "aime24", "aime2025": "aime25", "amc": "amc23", "amc2023": "amc23", "minerva": "minervamath",
+    "olympiad": "olympiadbench", "gsm": "gsm8k", "arce": "arceasy", "arcc": "arcchallenge", "olymmath": "olymmathen",
+    "mbppsanitized": "mbpp",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,45 +40,75 @@ def shipped() -> list[str]:
     return sorted(file.stem for file in SPECS.glob("*.yaml"))
 
 
-def load_spec(name: str) -> BenchmarkSpec:
-    """What a benchmark's file says. Raises ConfigError for an unknown name, with the nearest ones."""
-    file = SPECS / f"{name}.yaml" if name in shipped() else Path(name)
-    if file.suffix in (".yaml", ".yml") and file.is_file():
-        return load_file(BenchmarkSpec, file)
-    near = difflib.get_close_matches(name, shipped(), n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else "give one of those, or the path of a YAML file"
+def find_spec(name: str) -> Path:
+    """The file of a benchmark: a shipped one's by its name, in any case, with hyphens, underscores or none, or as papers call it; or a
+    user's by its path. Raises ConfigError for an unknown name, with the nearest ones.
+    """
+    if (own := Path(name).expanduser()).suffix in (".yaml", ".yml"):
+        if own.is_file():
+            return own
+        raise ConfigError(f"benchmark {name}: there is no such file (current directory: {Path.cwd()})")
+    known = {_plain(stem): stem for stem in shipped()}
+    key = _plain(name)
+    if (stem := known.get(_OTHER_NAMES.get(key, key))) is not None:
+        return SPECS / f"{stem}.yaml"
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = (
+        f"did you mean {' or '.join(known[n] for n in near)}?"
+        if near
+        else "give one of these, or the path of a YAML file."
+    )
     raise ConfigError(f"no benchmark {name!r}: {hint} Those that come with llmrl: {', '.join(shipped())}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name.lower())
+
+
+def load_spec(name: str) -> BenchmarkSpec:
+    """What a benchmark's file says. Raises ConfigError for an unknown name, with the nearest ones, and for what is wrong in the file."""
+    return load_file(BenchmarkSpec, find_spec(name))
 
 
 def load_benchmark(name: str, data_dir: str | Path | None = None) -> Benchmark:
     """A shipped benchmark by name, or a user's by the path of its YAML file.
 
-    The problems come from `data_dir` where it holds a copy (`NAME.jsonl` as the data scripts write it, or `eval_NAME.jsonl`), else from
-    where the benchmark's file says. Raises ConfigError for an unknown benchmark or a missing copy, DataError for rows that can't be used.
+    The problems of a shipped one come from `data_dir` where that is given (`NAME.jsonl` as the data scripts write it, or
+    `eval_NAME.jsonl`), else from where the benchmark's file says. Raises ConfigError for an unknown benchmark or a missing copy,
+    DataError for rows that can't be used.
     """
-    spec = load_spec(name)
-    stem = Path(name).stem
-    source = spec.data
-    if data_dir is not None and name in shipped():
-        source = DatasetSource(path=str(local_copy(stem, Path(data_dir))))
+    file = find_spec(name)
+    spec = load_file(BenchmarkSpec, file)
     convert = CONVERTERS.get(spec.convert)
     if convert is None:
         near = ", ".join(difflib.get_close_matches(spec.convert, CONVERTERS, n=3, cutoff=0.4) or sorted(CONVERTERS))
         raise ConfigError(f"benchmark {name}: convert {spec.convert!r} is not known; there are: {near}")
-    problems = [_converted(row, i, convert, spec) for i, row in enumerate(load_rows([source], seed=0))]
-    _check(stem, spec, problems, source.path)
-    return Benchmark(stem, spec, problems)
+    if data_dir is not None and file.parent == SPECS:
+        sources = [DatasetSource(path=str(local_copy([file.stem, *spec.copies], Path(data_dir))))]
+    else:
+        sources = [_beside(source, file) for source in spec.data]
+    problems = _converted(load_rows(sources, seed=0, raw=True), convert)
+    _check(file.stem, spec, problems, " and ".join(source.path for source in sources))
+    return Benchmark(file.stem, spec, problems)
 
 
-def local_copy(name: str, folder: Path) -> Path:
-    """The file of a folder that holds a benchmark's problems. Raises ConfigError, saying what was looked for."""
-    wanted = [pattern.format(name=name) for pattern in _LOCAL]
+def _beside(source: DatasetSource, file: Path) -> DatasetSource:
+    """A path that names a file beside the benchmark's own means that file."""
+    beside = file.parent / source.path
+    return source.model_copy(update={"path": str(beside)}) if beside.is_file() else source
+
+
+def local_copy(names: Sequence[str], folder: Path) -> Path:
+    """The file of a folder that holds a benchmark's problems, under any of its names. Raises ConfigError, saying what was looked for."""
+    if not folder.is_dir():
+        raise ConfigError(f"data_dir {folder} is no directory (current directory: {Path.cwd()})")
+    wanted = [pattern.format(name=name) for name in names for pattern in _LOCAL]
     for file in wanted:
         if (folder / file).is_file():
             return folder / file
     raise ConfigError(
-        f"data_dir {folder} has no copy of {name} (looked for {', '.join(wanted)}); write one with data_scripts/{name}.py, or leave "
-        "data_dir out to load it from the hub"
+        f"data_dir {folder} has no copy of {names[0]} (looked for {', '.join(wanted)}); write one with the script of that name in "
+        "data_scripts/, or leave data_dir out to load it from the hub"
     )
 
 
@@ -98,29 +134,37 @@ def find_template(benchmark: Benchmark, name: str | None) -> PromptTemplate:
 
 
 def _fill(template: PromptTemplate, problem: Record) -> str | list[dict[str, str]]:
-    choices = "\n".join(f"{c['label']}. {c['text']}" for c in problem["meta"].get("choices", ()))
-    question = problem["messages"][-1]["content"]
+    meta = problem["meta"]
+    parts = {
+        "question": problem["messages"][-1]["content"],
+        "choices": "\n".join(f"{c['label']}. {c['text']}" for c in meta.get("choices", ())),
+        "tests": "\n".join(meta.get("tests", ())),
+    }
 
     def filled(text: str) -> str:  # in one pass: a problem that itself holds "{choices}" is left as it is
-        return re.sub(r"\{(question|choices)\}", lambda m: question if m[1] == "question" else choices, text)
+        return re.sub(r"\{(question|choices|tests)\}", lambda m: parts[m[1]], text)
 
+    earlier = problem["messages"][:-1]
     if template.text is not None:
+        if earlier:
+            raise DataError(
+                f"problem {problem['id']} is a conversation of several turns; a plain-text template can't hold it"
+            )
         return filled(template.text)
     system = [{"role": "system", "content": template.system}] if template.system is not None else []
-    return [*system, {"role": "user", "content": filled(template.user or "")}]
+    return [*system, *earlier, {"role": "user", "content": filled(template.user or "")}]
 
 
-def _converted(row: Row, index: int, convert: Any, spec: BenchmarkSpec) -> Record:
-    if is_record(row.values):
-        return dict(row.values)
-    try:
-        record: Record = convert(row.values, index)
-    except KeyError as error:
-        columns = ", ".join(map(str, row.values))
-        raise DataError(f"{row.origin}: no column {error} ({spec.convert} reads it); the row has: {columns}") from None
-    except DataError as error:
-        raise DataError(f"{row.origin}: {error}") from None
-    return record
+def _converted(rows: Sequence[Row], convert: Converter) -> list[Record]:
+    problems = []
+    for index, row in enumerate(rows):
+        try:
+            problem = read(row.values, index, convert)
+        except DataError as error:
+            raise DataError(f"{row.origin}: {error}") from None
+        if problem is not None:
+            problems.append(problem)
+    return problems
 
 
 def _check(name: str, spec: BenchmarkSpec, problems: list[Record], path: str) -> None:
@@ -132,8 +176,8 @@ def _check(name: str, spec: BenchmarkSpec, problems: list[Record], path: str) ->
         )
     if not problems:
         raise DataError(f"{path}: no problems")
-    if spec.problems is not None and len(problems) != spec.problems:
+    if spec.problems and len(problems) not in spec.problems:
         raise DataError(
-            f"{path}: {len(problems)} problems, but {name} has {spec.problems}; its numbers would not be comparable. A subset is a "
-            "benchmark of its own: write a YAML file for it"
+            f"{path}: {len(problems)} problems, but {name} has {' or '.join(map(str, spec.problems))}; its numbers would not be "
+            "comparable. A subset is a benchmark of its own: write a YAML file for it"
         )
