@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.config.data import DatasetSource
+from llmrl.data.records import unfold
 from llmrl.data.sampler import permutation
 from llmrl.errors import DataError
 
@@ -28,11 +29,12 @@ class Row:
 Rows = list[Row]
 
 
-def load_rows(sources: Sequence[DatasetSource], *, seed: int = 0) -> Rows:
+def load_rows(sources: Sequence[DatasetSource], *, seed: int = 0, raw: bool = False) -> Rows:
     """The rows of all sources, one source after the other.
 
     Without weights every source gives all of its rows. With weights, source i gives its share w_i / sum(w) of the largest mixture
     that repeats no row. `max_rows` and weights choose rows at random, as a function of the seed, and keep their order.
+    Records and open-instruct's rows become columns (`records.unfold`), unless they are wanted `raw`.
     Raises DataError for what can't be read, naming file and line.
     """
     tables = [_max_rows(_read(source), source, seed, i) for i, source in enumerate(sources)]
@@ -40,7 +42,7 @@ def load_rows(sources: Sequence[DatasetSource], *, seed: int = 0) -> Rows:
     rows: Rows = []
     for i, (source, table, count) in enumerate(zip(sources, tables, counts)):
         chosen = _choose(table, count, seed, 2 * i + 1)
-        rows += _mapped(chosen, source)
+        rows += _mapped(chosen if raw else map(_unfolded, chosen), source)
     return rows
 
 
@@ -54,7 +56,7 @@ def rows_from(data: Any) -> Rows:
         if isinstance(item, Row):
             rows.append(item)
         elif isinstance(item, Mapping):
-            rows.append(Row(item, f"dataset[{i}]"))
+            rows.append(_unfolded(Row(item, f"dataset[{i}]")))
         else:
             raise DataError(
                 f"dataset[{i}] is {type(item).__name__}; every row must be a mapping of column names to values"
@@ -191,6 +193,14 @@ def _mixture(sizes: list[int], sources: Sequence[DatasetSource]) -> list[int]:
     total = sum(given)
     rows = min(size * total / weight for size, weight in zip(sizes, given))
     return [max(1, min(size, round(rows * weight / total))) for size, weight in zip(sizes, given)]
+
+
+def _unfolded(row: Row) -> Row:
+    try:
+        values = unfold(row.values)
+    except DataError as error:
+        raise DataError(f"{row.origin}: {error}") from None
+    return row if values is row.values else Row(values, row.origin)
 
 
 def _mapped(rows: Iterable[Row], source: DatasetSource) -> Iterator[Row]:

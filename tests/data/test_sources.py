@@ -188,3 +188,46 @@ def test_rows_from_python():
 def test_rows_from_refuses(data):
     with pytest.raises(DataError, match="dataset"):
         rows_from(data)
+
+
+RECORD = {
+    "id": "s/1", "source": "S", "messages": [{"role": "user", "content": "1+1?"}], "answer": "2", "verifier": "math_answer",
+    "meta": {"level": 3, "solution": "one and one"},
+}  # fmt: skip
+
+
+def test_records_become_columns(file):
+    path = file("r.jsonl", jsonl([RECORD]))
+    row = load(path)[0].values
+    assert row == {
+        "id": "s/1", "source": "S", "answer": "2", "verifier": "math_answer", "level": 3, "solution": "one and one",
+        "prompt": RECORD["messages"], "question": "1+1?",
+    }  # fmt: skip
+    assert load(path, columns={"prompt": "question"})[0].values["prompt"] == "1+1?"
+    row = load(path, prompt_template="Q: {question}\n", completion_template=" {solution}\n#### {answer}")[0].values
+    assert (row["prompt"], row["completion"]) == ("Q: 1+1?\n", " one and one\n#### 2")
+    assert [dict(r.values) for r in load_rows([DatasetSource(path=path)], raw=True)] == [RECORD]
+    assert dict(rows_from([RECORD])[0].values)["prompt"] == RECORD["messages"]
+
+
+def test_a_record_of_a_conversation_is_learned_from():
+    said = [*RECORD["messages"], {"role": "assistant", "content": "2"}]
+    row = rows_from([{**RECORD, "messages": said, "answer": "", "verifier": ""}])[0].values
+    assert row["messages"] == said and "prompt" not in row
+
+
+@pytest.mark.parametrize("name", ["answer", "prompt", "completion", "question", "id"])
+def test_meta_can_t_replace_a_column(name):
+    with pytest.raises(DataError, match=rf"dataset\[0\]: `meta` has the key '{name}'.*rename it"):
+        rows_from([{**RECORD, "meta": {name: "x"}}])
+
+
+def test_rows_of_open_instruct_are_read_unchanged():
+    asked = RECORD["messages"]
+    row = rows_from([{"messages": asked, "ground_truth": "72", "dataset": "gsm8k"}])[0].values
+    assert (row["prompt"], row["answer"], row["verifier"], row["dataset"]) == (asked, "72", "gsm8k", "gsm8k")
+    said = [*asked, {"role": "assistant", "content": "?"}]
+    row = rows_from([{"messages": said, "ground_truth": [["assert f()"]], "dataset": ["code"]}])[0].values
+    assert (row["prompt"], row["answer"], row["verifier"]) == (asked, ["assert f()"], "code")
+    with pytest.raises(DataError, match="names 2 verifiers"):
+        rows_from([{"messages": asked, "ground_truth": ["a", "b"], "dataset": ["math", "code"]}])
