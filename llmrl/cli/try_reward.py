@@ -1,4 +1,4 @@
-"""`llmrl try-reward KIND --config RECIPE --text ANSWER`: a recipe's rewards on answers that you write."""
+"""`llmrl try-reward RECIPE --text ANSWER`: a recipe's rewards on answers that you write."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from llmrl.cli.recipe import heading, read_recipe
+from llmrl.config.base import RecipeError
 from llmrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmrl.types import Prompt, ScoredRollout
 
-KINDS = ("ppo", "grpo", "dpo")
+KINDS = ("grpo", "ppo", "dpo")
 SHOWN_CHARACTERS = 1200
 
 
@@ -26,11 +27,11 @@ def run(argv: Sequence[str]) -> int:
     """Prints each part of the reward; 0, or 1 when a function failed."""
     parser = argparse.ArgumentParser(
         prog="llmrl try-reward",
-        usage="llmrl try-reward ppo|grpo|dpo --config RECIPE (--text ANSWER | --file FILE) [--row N | --id ID] [key=value ...]",
+        usage="llmrl try-reward RECIPE (--text ANSWER | --file FILE) [--row N | --id ID] [key=value ...]",
         description="Scores an answer with a recipe's rewards, as training would: every part, what happened, and the notes of graders.",
         allow_abbrev=False,
     )
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("recipe", help="a recipe of ppo, grpo or dpo: its file, or the name of a shipped one")
     answer = parser.add_mutually_exclusive_group(required=True)
     answer.add_argument("--text", action="append", help="an answer; may be given several times, as a group")
     answer.add_argument("--file", type=Path, help="a file with one answer")
@@ -38,27 +39,41 @@ def run(argv: Sequence[str]) -> int:
     row.add_argument("--row", type=int, default=1, help="which usable prompt of the recipe's data, from 1")
     row.add_argument("--id", help="the prompt's id")
     args, rest = parser.parse_known_args(list(argv))
-    config: Any = read_recipe(args.kind, rest)
+    config = _read_recipe(args.recipe, rest)
     if not config.rewards:
         raise ConfigError("this recipe has no rewards, so there is nothing to try")
     texts = args.text or [_read(args.file)]
     from llmrl.cli.try_rewards import answered, open_rewards
     from llmrl.data.build import build_prompts, rows_of
     from llmrl.models.load import load_skeleton
-    from llmrl.rewards.tally import Tally
 
     _, tokenizer = load_skeleton(config)
     prompt = _chosen(build_prompts(rows_of(config)[0], tokenizer, config)[0], args.row, args.id)
-    tally = Tally()
     with open_rewards(config) as runner:
         bad = runner.check_golds([prompt])
         rollouts = [replace(r, index=i) for i, r in enumerate(answered([prompt] * len(texts), texts, tokenizer))]
-        scored = runner.score(rollouts, tally=tally)
+        scored = runner.score(rollouts)
         weights = dict(zip(runner.names, runner.weights, strict=True))
-    report(Console(highlight=False), prompt, scored, weights, tally.metrics())
+    report(Console(highlight=False), prompt, scored, weights)
     for item in bad:
         print(f"note: {item.function} can't use this row's reference answer: {item.reason}")
     return int(any(kind not in ("score", "not-applicable") for s in scored for kind in s.outcomes.values()))
+
+
+def _read_recipe(recipe: str, overrides: Sequence[str]) -> Any:
+    """The recipe as the first kind of trainer that takes it: what rewards and data need means the same to all of them.
+
+    Raises ConfigError; where no kind takes it, the shortest list of what is wrong.
+    """
+    if recipe in KINDS and overrides:
+        raise ConfigError(f"the recipe is all that is needed: llmrl try-reward RECIPE ..., without {recipe}")
+    refused: list[RecipeError] = []
+    for kind in KINDS:
+        try:
+            return read_recipe(kind, ["--config", recipe, *overrides])
+        except RecipeError as error:
+            refused.append(error)
+    raise min(refused, key=lambda error: len(error.problems))
 
 
 def _read(path: Path) -> str:
@@ -88,21 +103,21 @@ def report(
     prompt: Prompt,
     scored: Sequence[ScoredRollout],
     weights: Mapping[str, float],
-    metrics: Mapping[str, float],
 ) -> None:
-    """A table an answer: value and outcome of each reward, its weight at step 0, seconds for all answers, what graders noted."""
+    """A table an answer: value and outcome of each reward, its weight at step 0, its milliseconds and its note; then further columns."""
     heading(console, f"Prompt {prompt.id}")
     console.print(Text(str(prompt.text)[:SHOWN_CHARACTERS], style="dim"))
     for item in scored:
         text = item.rollout.completion.text
         console.print(Text(f"\nanswer {item.rollout.index + 1}: {text[:SHOWN_CHARACTERS]!r}", style="bold"))
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for column in ("reward", "value", "weight", "outcome", "seconds"):
-            table.add_column(column, justify="left" if column in ("reward", "outcome") else "right")
+        for column in ("reward", "value", "weight", "outcome", "ms", "note"):
+            table.add_column(column, justify="right" if column in ("value", "weight", "ms") else "left")
         for name, value in item.parts.items():
-            seconds = f"{metrics[f'reward_seconds/{name}']:.3f}"
-            table.add_row(name, _number(value), f"{weights[name]:g}", item.outcomes[name], seconds)
-        table.add_row("all", _number(item.reward), "", "", "", style="bold")
+            milliseconds = f"{1000 * item.seconds[name]:.1f}" if name in item.seconds else ""
+            note = Text(item.notes.get(name, ""))
+            table.add_row(name, _number(value), f"{weights[name]:g}", item.outcomes[name], milliseconds, note)
+        table.add_row("all", _number(item.reward), style="bold")
         console.print(table)
         for name, note in item.extra.items():
             if note is not None:

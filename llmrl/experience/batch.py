@@ -236,6 +236,8 @@ def sample_rows(rollouts: Sequence[ScoredRollout], advantages: Sequence[float]) 
             "reward": r.reward,
             "parts": dict(r.parts),
             "outcomes": dict(r.outcomes),
+            "milliseconds": {name: round(1000 * s, 3) for name, s in r.seconds.items()},
+            "notes": dict(r.notes),
             "advantage": a,
             "length": len(r.rollout.completion.ids),
             "finish_reason": r.rollout.completion.finish_reason,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmrl.rewards.base import RowVerifier, row_verifier
+from llmrl.rewards.base import Noted, RowVerifier, row_verifier
 
 if TYPE_CHECKING:
     from llmrl.rewards.runner import BadGold, RewardRunner
 
-__all__ = ["BadGold", "RewardRunner", "RowVerifier", "row_verifier"]
+__all__ = ["BadGold", "Noted", "RewardRunner", "RowVerifier", "row_verifier"]
 
 
 def __getattr__(name: str) -> Any:

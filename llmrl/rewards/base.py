@@ -17,6 +17,7 @@ from typing import Any
 SCORE, NOT_APPLICABLE, MALFORMED, TIMEOUT, ERROR = "score", "not-applicable", "malformed", "timeout", "error"
 OUTCOMES = (SCORE, NOT_APPLICABLE, MALFORMED, TIMEOUT, ERROR)
 FAILURES = (MALFORMED, TIMEOUT, ERROR)
+NOTE_CHARACTERS = 300
 
 # What the runner itself passes. Columns and recipe arguments of these names are never forwarded.
 LOGGERS = ("log_extra", "log_metric")
@@ -26,7 +27,7 @@ ROW_INPUTS = ("prompt", "completion", "completion_ids", "trainer_state", *LOGGER
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row. `value` is set for kind "score" only; `detail` says what went wrong.
+    """What became of one row. `value` is set for kind "score" only; `detail` says what went wrong, or is the note of a score.
 
     `row_caused`: the failure is put down to the row, not to the function (ran out of time or memory, or took its worker with it).
     """
@@ -36,14 +37,54 @@ class Outcome:
     detail: str = ""
     row_caused: bool = False
 
+    @property
+    def note(self) -> str:
+        """The first line of `detail`: what the sample table shows."""
+        return self.detail.partition("\n")[0][:NOTE_CHARACTERS]
+
+
+class Noted(float):
+    """A score that says why: a number like any other, with a note for whoever reads the samples.
+
+    Example: return Noted(0.0, "read 0.7, the reference is 3/4")
+    """
+
+    note: str
+
+    def __new__(cls, value: float, note: str) -> Noted:
+        made = super().__new__(cls, value)
+        made.note = note
+        return made
+
+
+def wrong(read: Any, reference: Any) -> Noted:
+    """0, with what was read of an answer and what it should be."""
+    return Noted(
+        0.0, "no answer found" if read is None else f"read {_short(read)}, the reference is {_short(reference)}"
+    )
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value)[:400].split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
 
 @dataclass
 class Result:
-    """What one call gave: an outcome a row, `log_extra` columns (a value a row each), `log_metric` values in call order."""
+    """What one call gave: an outcome a row, `log_extra` columns (a value a row each), `log_metric` values in call order.
+
+    `seconds`: what each row took, None where nobody knows; of a call for all rows each has an equal share. Empty until it is timed.
+    """
 
     outcomes: list[Outcome]
     extra: dict[str, list[Any]] = field(default_factory=dict)
     metrics: list[tuple[str, float]] = field(default_factory=list)
+    seconds: list[float | None] = field(default_factory=list)
+
+    def timed(self, seconds: float) -> Result:
+        """This result, with the time of the call shared among its rows."""
+        self.seconds = [seconds / max(1, len(self.outcomes))] * len(self.outcomes)
+        return self
 
     def to_json(self) -> dict[str, Any]:
         outcomes = [[o.kind, o.value, o.detail, o.row_caused] for o in self.outcomes]
@@ -91,6 +132,7 @@ class RowVerifier:
         warm_up: Callable[[], None] | None = None,
         read_answer: Callable[..., str | None] | None = None,
         runs_code: bool = False,
+        by_row: bool = False,
         seconds: float | None = None,
     ) -> None:
         if inspect.iscoroutinefunction(score):
@@ -98,6 +140,7 @@ class RowVerifier:
                 f"{score.__name__}: a row verifier runs one row at a time and can't be async; write a batch function"
             )
         self.score, self.safe, self.runs_code, self.seconds = score, safe, runs_code, seconds
+        self.by_row = by_row
         self.check_gold, self.check_args, self.warm_up = check_gold, check_args, warm_up
         self.read_answer = read_answer
         functools.update_wrapper(self, score)
@@ -120,8 +163,10 @@ def row_verifier(score: Callable[..., Any] | None = None, **options: Any) -> Any
     `log_metric(name, value)` and dataset columns by name (`**columns` gets all of them). Parameters after `*` are arguments of the recipe.
 
     `safe=True` promises linear time and bounded memory on any text: such a function runs in the training process.
+    A score may say why: `Noted(0.0, "2 of 3 tests passed")`; the note is shown beside it in the samples of a run.
     `check_gold(**columns, **args)` returns why the row's reference answer can't be used, or None. `check_args(**args)` likewise.
     `runs_code=True` says that it runs what the model wrote: a recipe must then allow it (`allow_code_execution: true`).
+    `by_row=True` says that the column `verifier` tells what judges a row: whether code is run is then asked of the rows.
     `seconds` is the deadline of a row where the recipe gives no `timeout`.
     `read_answer(completion, **columns, **args)` returns what the function takes for the answer of a completion, or None; in linear time on any text.
     `warm_up()` is called in a worker before it takes rows: slow imports belong there, not into the first row's deadline.
@@ -170,7 +215,7 @@ def to_outcome(value: Any) -> Outcome:
         except Exception as error:
             return Outcome(MALFORMED, None, f"returned {_shown(value)}, which is no number: {error}")
         if math.isfinite(number):
-            return Outcome(SCORE, number)
+            return Outcome(SCORE, number, str(value.note)[:NOTE_CHARACTERS] if isinstance(value, Noted) else "")
     return Outcome(
         MALFORMED, None, f"returned {_shown(value)}; a reward is a finite number, or None where it does not apply"
     )

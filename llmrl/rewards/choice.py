@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from llmrl.rewards.answer import final_answer
-from llmrl.rewards.base import row_verifier
+from llmrl.rewards.base import row_verifier, wrong
 from llmrl.rewards.text import body, normalized, spoken
 
 
@@ -28,7 +28,10 @@ def multiple_choice(completion: str, answer: Any, choices: Any = None) -> float 
     Example: multiple_choice.score("so the answer is (B).", "B") -> 1.0
     """
     gold = _letter(answer, choices)
-    return None if gold is None else float(chosen_letter(completion, choices) == gold)
+    if gold is None:
+        return None
+    chosen = chosen_letter(completion, choices)
+    return 1.0 if chosen == gold else wrong(chosen, gold)
 
 
 _CHOICE = re.compile(

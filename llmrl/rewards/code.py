@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmrl.errors import DataError, RewardError
-from llmrl.rewards.base import completion_text, row_verifier
+from llmrl.rewards.base import Noted, completion_text, row_verifier
 from llmrl.rewards.sandbox import Limits, Report, Sandbox
 
 PYTHON_TAGS = ("python", "py", "python3", "python3.11")
@@ -241,11 +241,25 @@ def code_tests(
     status = "no code" if not found else "passed" if passed else "timeout" if report.timed_out else "failed"
     if log_extra is not None:
         log_extra("code_status", status)
-        log_extra("code_note", next((note for note in report.notes if note), ""))
     if log_metric is not None:
         log_metric("code/tests_passed", share)
         log_metric("code/timeouts", float(report.timed_out))
-    return share if partial else float(passed)
+    return 1.0 if passed else Noted(share if partial else 0.0, _first_failure(tests, report) if found else "no code")
+
+
+def _first_failure(tests: Tests, report: Report) -> str:
+    """How many tests passed, and the first that did not."""
+    failed = next(i for i, share in enumerate(report.shares) if share < 1.0)
+    right = sum(share == 1.0 for share in report.shares)
+    payload = tests.payload or {}
+    if tests.kind == "asserts":
+        shown = payload["tests"][failed]
+    elif tests.kind == "calls":
+        shown = f"{tests.entry}({', '.join(map(repr, payload['tests'][failed][0]))})"
+    else:
+        shown = f"input {tests.inputs[failed]!r}" if tests.inputs else "check"
+    why = next((note for note in report.notes[failed:] if note), "failed")
+    return " ".join(f"{right} of {tests.count} tests passed; {shown[:150]}: {why}".split())
 
 
 def run_tests(found: list[str], tests: Tests, limits: Limits, *, stop: bool) -> Report:

@@ -6,7 +6,7 @@ from typing import Any
 
 from llmrl.errors import DataError
 from llmrl.rewards.answer import final_answer, gold_answer, number_with_unit, same_text
-from llmrl.rewards.base import row_verifier
+from llmrl.rewards.base import row_verifier, wrong
 
 
 def check_gold(*, column: str | None = None, **columns: Any) -> str | None:
@@ -44,7 +44,6 @@ def exact_match(completion: str, *, column: str | None = None, **columns: Any) -
     number = number_with_unit(gold)
     answer = read_answer(completion, column=column, **columns)
     if answer is None:
-        return 0.0
-    if number is not None:
-        return float(number_with_unit(answer) == number)
-    return float(same_text(answer, gold))
+        return wrong(None, gold)
+    same = same_text(answer, gold) if number is None else number_with_unit(answer) == number
+    return 1.0 if same else wrong(answer, gold)

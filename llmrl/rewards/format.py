@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from llmrl.rewards.base import row_verifier
+from llmrl.rewards.base import Noted, row_verifier
 from llmrl.rewards.text import body
 
 
@@ -72,4 +72,8 @@ def sections(completion: str, *, names: Sequence[str], ordered: bool = True) -> 
     good = (
         [place for place, text in found if text and places.count(place) == 1] if len(places) <= 4 * len(wanted) else []
     )
-    return 0.0 if ordered and good != sorted(good) else len(good) / len(wanted)
+    missing = [name for name, place in wanted.items() if place not in good]
+    if missing or (ordered and good != sorted(good)):
+        score = 0.0 if ordered and good != sorted(good) else len(good) / len(wanted)
+        return Noted(score, f"not once with text: {', '.join(missing)}" if missing else "in another order")
+    return 1.0

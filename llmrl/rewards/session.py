@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrl.config.reward import WeightSchedule
 from llmrl.errors import RewardError
-from llmrl.rewards.base import FAILURES, Outcome, Result
+from llmrl.rewards.base import FAILURES, TIMEOUT, Outcome, Result
 from llmrl.rewards.batch import RewardInputs
 from llmrl.rewards.call import BoundFunction
 from llmrl.rewards.combine import Combination, combine_group
@@ -183,12 +183,13 @@ class ScoringSession:
         assert function.pool is not None
 
         def answer(message: Mapping[str, Any]) -> Result:
-            result = Result.from_json(message["result"])
+            result = Result.from_json(message["result"]).timed(message["seconds"])
             call.blamed |= any(_is_blamed(o) for o in result.outcomes)
             return result
 
         def failure(number: int, kind: str, detail: str) -> Result:
-            return Result.failed(kind, detail, tasks[number]["rows"], row_caused=rowwise)
+            result = Result.failed(kind, detail, tasks[number]["rows"], row_caused=rowwise)
+            return result.timed(function.seconds) if kind == TIMEOUT else result
 
         def note(future: Future[Any]) -> None:
             call.error = call.error or (None if future.cancelled() else future.exception())
@@ -243,7 +244,10 @@ class ScoringSession:
         for name, started, finish in finishers:
             begun = time.monotonic() if started is None else started
             results[name] = finish()
-            self._tally.spend(name, time.monotonic() - begun)
+            seconds = time.monotonic() - begun
+            self._tally.spend(name, seconds)
+            if not results[name].seconds:
+                results[name].timed(seconds)
         return results
 
     def _run_sync(self, call: _Call, groups: Sequence[Sequence[Rollout]]) -> Result:
@@ -256,14 +260,20 @@ class ScoringSession:
         tasks = [
             t for i, group in enumerate(groups) for t in self._inputs.row_tasks(i, group, call.columns, description)
         ]
-        if description["safe"]:
-            return _merge([bound.run(task) for task in tasks])
-        return _merge([self._inline.run(bound, task, seconds) for task in tasks])
+        run = bound.run if description["safe"] else partial(self._inline.run, bound, seconds=seconds)
+        results = []
+        for task in tasks:
+            begun = time.perf_counter()
+            results.append(run(task).timed(time.perf_counter() - begun))
+        return _merge(results)
 
     def _scored(self, groups: Sequence[Sequence[Rollout]], results: Sequence[Result]) -> list[list[ScoredRollout]]:
         functions = [call.function for call in self._calls]
         step = int(self._inputs.trainer_state.get("global_step") or 0)
         weights = [f.weight_at(step) for f in functions]
+        self._tally.weigh(
+            {f.name: w for f, w in zip(functions, weights, strict=True) if isinstance(f.weight, WeightSchedule)}
+        )
         scored, end = [], 0
         for group in groups:
             places = range(end, end + len(group))
@@ -278,6 +288,12 @@ class ScoringSession:
                         parts={f.name: r.outcomes[i].value for f, r in zip(functions, results, strict=True)},
                         outcomes={f.name: r.outcomes[i].kind for f, r in zip(functions, results, strict=True)},
                         extra={column: values[i] for r in results for column, values in r.extra.items()},
+                        seconds={
+                            f.name: s
+                            for f, r in zip(functions, results, strict=True)
+                            if (s := _second(r, i)) is not None
+                        },
+                        notes={f.name: n for f, r in zip(functions, results, strict=True) if (n := r.outcomes[i].note)},
                     )
                     for i, rollout, reward in zip(places, group, rewards, strict=True)
                 ]
@@ -317,7 +333,12 @@ def _merge(results: Sequence[Result]) -> Result:
     """Results of one row each as one; a column that only some rows logged is None in the others."""
     columns = dict.fromkeys(name for r in results for name in r.extra)
     extra = {name: [r.extra.get(name, [None])[0] for r in results] for name in columns}
-    return Result([r.outcomes[0] for r in results], extra, [m for r in results for m in r.metrics])
+    seconds = [_second(r, 0) for r in results]
+    return Result([r.outcomes[0] for r in results], extra, [m for r in results for m in r.metrics], seconds)
+
+
+def _second(result: Result, row: int) -> float | None:
+    return result.seconds[row] if result.seconds else None
 
 
 def _report(name: str, rollout: Rollout, outcome: Outcome) -> str:

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from llmrl.errors import RewardError
-from llmrl.rewards.base import row_verifier
+from llmrl.rewards.base import Noted, row_verifier
 from llmrl.rewards.text import body
 
 _FENCE = re.compile(r"```[A-Za-z]*[ \t]*\n(.*?)```", re.DOTALL)
@@ -70,9 +70,10 @@ def json_schema(completion: str, json_schema: Any = None, *, schema: Any = None)
     except ValueError:
         return None
     try:
-        return float(validator.is_valid(json_in(completion)))
-    except (ValueError, RecursionError):
-        return 0.0
+        problem = next(validator.iter_errors(json_in(completion)), None)
+    except (ValueError, RecursionError) as error:
+        return Noted(0.0, f"no JSON: {error}" if isinstance(error, ValueError) else "nested too deeply")
+    return 1.0 if problem is None else Noted(0.0, f"{problem.json_path}: {problem.message[:400]}")
 
 
 def read_clauses(clauses: Any) -> list[list[int]]:
@@ -124,9 +125,11 @@ def sat_assignment(completion: str, clauses: Any, *, partial: bool = False) -> f
     else:
         literals = {int(n) for n in _LITERAL.findall(text)} - {0}
     if len(literals) > MAX_VARIABLES or any(-n in literals for n in literals):
-        return 0.0
+        return Noted(0.0, "too many literals, or a variable with both values")
     satisfied = sum(any(n in literals for n in clause) for clause in formula)
-    return satisfied / len(formula) if partial else float(satisfied == len(formula))
+    if satisfied == len(formula):
+        return 1.0
+    return Noted(satisfied / len(formula) if partial else 0.0, f"{satisfied} of {len(formula)} clauses satisfied")
 
 
 def _changes(patch: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llmrl.rewards.base import OUTCOMES, Result
 
@@ -16,6 +16,7 @@ class Tally:
         self._counts: Counter[str] = Counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._logged: defaultdict[str, list[float]] = defaultdict(list)
+        self._weights: dict[str, float] = {}
 
     def expect(self, names: Sequence[str]) -> None:
         """The functions whose counts are shown, also as 0."""
@@ -24,6 +25,10 @@ class Tally:
     def spend(self, name: str, seconds: float) -> None:
         self._seconds[name] += seconds
 
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """The weights of now of the functions whose weight changes over the run."""
+        self._weights.update(weights)
+
     def count(self, name: str, result: Result) -> None:
         for metric, value in result.metrics:
             self._logged[metric].append(value)
@@ -31,9 +36,10 @@ class Tally:
             self._counts[f"{name}/{outcome.kind}"] += 1
 
     def metrics(self) -> dict[str, float]:
-        """Means of `log_metric` values, `reward_outcomes/<name>/<kind>` counts, and `reward_seconds/<name>`: how long the function
-        had rows to score."""
+        """Means of `log_metric` values, `reward_outcomes/<name>/<kind>` counts, `reward_seconds/<name>`: how long the function had rows
+        to score, and `reward_weight/<name>` where a schedule sets it."""
         metrics = {name: sum(values) / len(values) for name, values in self._logged.items()}
+        metrics |= {f"reward_weight/{name}": weight for name, weight in self._weights.items()}
         for name in self._names:
             for kind in OUTCOMES:
                 metrics[f"reward_outcomes/{name}/{kind}"] = float(self._counts[f"{name}/{kind}"])

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmrl.rewards.answer import final_answer
-from llmrl.rewards.base import row_verifier
+from llmrl.rewards.base import Noted, row_verifier, wrong
 
 _ARTICLES = frozenset(("a", "an", "the"))
 
@@ -64,10 +64,9 @@ def text_match(completion: str, answer: Any, *, within: bool = False) -> float |
     if not references:
         return None
     words = normalized(answer_or_all(completion))
-    if not within:
-        return float(words in references)
     text = f" {' '.join(words)} "
-    return float(any(f" {' '.join(r)} " in text for r in references))
+    same = any(f" {' '.join(r)} " in text for r in references) if within else words in references
+    return 1.0 if same else wrong(" ".join(words[:80]) or None, " / ".join(" ".join(r) for r in references[:5]))
 
 
 @row_verifier(safe=True, check_gold=_no_reference)
@@ -112,7 +111,8 @@ def set_fbeta(completion: str, answer: Any, *, beta: float = 1.0, separator: str
         return None
     given = _items(answer_or_all(completion), separator)
     both = len(given & wanted)
-    return (1 + beta**2) * both / (beta**2 * len(wanted) + len(given))
+    score = (1 + beta**2) * both / (beta**2 * len(wanted) + len(given))
+    return score if score == 1.0 else Noted(score, f"{both} of {len(wanted)} found, {len(given) - both} too many")
 
 
 def _check_keywords(*, keywords: Sequence[str], most: int | None = None, whole_words: bool = True) -> str | None:

@@ -117,23 +117,34 @@ class Progress:
 
 
 def samples_table(step: int, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Prompt, completion, reward with its parts and advantage of some samples, clipped to be read at a glance."""
+    """Prompt, completion, reward with its parts (value or outcome, time, note) and advantage of some samples, to be read at a glance."""
     table = Table(title=f"samples of step {step}", title_justify="left", expand=True, show_lines=True)
     table.add_column("prompt", ratio=2)
     table.add_column("completion", ratio=3)
     table.add_column("reward", justify="right", no_wrap=True)
+    parts = any(row.get("parts") for row in rows)
+    if parts:
+        table.add_column("parts", ratio=2)
     table.add_column("advantage", justify="right", no_wrap=True)
     for row in rows:
-        parts = [f"{name} {_number(value)}" for name, value in (row.get("parts") or {}).items()]
-        reward = "\n".join([_number(row.get("reward")), *(parts if len(parts) > 1 else [])])
         ending = " [cut]" if row.get("finish_reason") == "length" else ""
         table.add_row(
             Text(clip(_prompt_text(row.get("prompt")), 120)),
             Text(clip(str(row.get("completion", "")), 240) + ending),
-            Text(reward),
+            Text(_number(row.get("reward"))),
+            *([Text("\n".join(_part(row, name) for name in row.get("parts") or {}))] if parts else []),
             Text(_number(row.get("advantage"))),
         )
     return table
+
+
+def _part(row: Mapping[str, Any], name: str) -> str:
+    """ "math_answer 0.00, 1.2 ms: read 13, the reference is 12"; instead of a value that is not there, the outcome."""
+    value, outcome = row["parts"][name], (row.get("outcomes") or {}).get(name, "score")
+    shown = f"{name} {_number(value) if outcome == 'score' else outcome}"
+    milliseconds, note = (row.get("milliseconds") or {}).get(name), (row.get("notes") or {}).get(name)
+    shown += f", {milliseconds:.3g} ms" if milliseconds is not None else ""
+    return f"{shown}: {clip(note, 100)}" if note else shown
 
 
 def clip(text: str, width: int) -> str:

@@ -22,14 +22,14 @@ def recipe(tiny_model_dir, tmp_path, monkeypatch):
             "rewards": rewards, **settings,
         }  # fmt: skip
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-        return ["--config", str(tmp_path / "recipe.yaml")]
+        return [str(tmp_path / "recipe.yaml")]
 
     return write
 
 
 def test_every_part_is_shown(recipe, capsys):
     rewards = [{"function": "math_answer"}, {"function": "think_format", "weight": 0.5}]
-    command = ["try-reward", "grpo", *recipe(rewards), "--text", "so \\boxed{12}", "--text", "\\boxed{13}"]
+    command = ["try-reward", *recipe(rewards), "--text", "so \\boxed{12}", "--text", "\\boxed{13}"]
     assert main(command) == 0
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
@@ -38,16 +38,17 @@ def test_every_part_is_shown(recipe, capsys):
     ]
     assert [line[1] for line in lines if line[:1] == ["all"]] == ["1", "0"]
     assert "three times four" in out and "0.5" in out
+    assert "read 13, the reference is 12" in out and "read 12," not in out
 
 
 def test_rows_are_chosen_and_combined_as_in_training(recipe, capsys):
     rewards = [{"function": "math_answer"}, {"function": "exact_match"}]
     config = recipe(rewards, combine="product")
-    assert main(["try-reward", "grpo", *config, "--row", "2", "--text", "\\boxed{1}"]) == 0
+    assert main(["try-reward", *config, "--row", "2", "--text", "\\boxed{1}"]) == 0
     assert "one is" in capsys.readouterr().out
-    assert main(["try-reward", "grpo", *config, "--row", "3", "--text", "x"]) == 2
+    assert main(["try-reward", *config, "--row", "3", "--text", "x"]) == 2
     assert "2 usable prompts" in capsys.readouterr().err
-    assert main(["try-reward", "grpo", *config, "--id", "nobody", "--text", "x"]) == 2
+    assert main(["try-reward", *config, "--id", "nobody", "--text", "x"]) == 2
     assert "nobody" in capsys.readouterr().err
 
 
@@ -55,7 +56,19 @@ def test_a_function_that_fails_is_named(recipe, tmp_path, capsys):
     (tmp_path / "bad.py").write_text("def bad(completions, **kwargs):\n    raise ValueError('no such thing')\n")
     config = recipe([{"function": f"{tmp_path / 'bad.py'}:bad"}])
     (tmp_path / "answer.txt").write_text("anything")
-    assert main(["try-reward", "grpo", *config, "--file", str(tmp_path / "answer.txt")]) == 1
+    assert main(["try-reward", *config, "--file", str(tmp_path / "answer.txt")]) == 1
     assert "error" in capsys.readouterr().out
-    assert main(["try-reward", "grpo", *config, "--file", str(tmp_path / "absent.txt")]) == 2
+    assert main(["try-reward", *config, "--file", str(tmp_path / "absent.txt")]) == 2
     assert "can't be read" in capsys.readouterr().err
+
+
+def test_the_kind_is_the_recipe_s(recipe, capsys):
+    rewards = [{"function": "exact_match", "weight": {"start": 2.0, "end": 0.0, "steps": 5}}]
+    for settings in ({"beta": 0.1, "loss_type": ["sigmoid"]}, {"critic": "separate"}):  # of dpo, and of ppo
+        assert main(["try-reward", *recipe(rewards, **settings), "--text", "12", "combine=product"]) == 0
+        assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("all")] == ["2"]
+    assert main(["try-reward", *recipe(rewards, critic="separate", learning_rat=1.0), "--text", "12"]) == 2
+    said = capsys.readouterr().err
+    assert "learning_rat:" in said and said.count("recipe.yaml: line") == 1, "what the nearest kind says"
+    assert main(["try-reward", "grpo", "--config", "recipe.yaml", "--text", "12"]) == 2
+    assert "without grpo" in capsys.readouterr().err

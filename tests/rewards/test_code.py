@@ -103,8 +103,9 @@ def test_partial_credit_is_the_share_of_tests():
     assert code_tests.score("nothing here", tests=TESTS, partial=True) == 0.0
     late = "def add(a, b):\n    while a < 0: pass\n    return a + b"
     seen = {}
-    assert code_tests.score(late, None, seen.__setitem__, tests=TESTS, partial=True, test_seconds=0.5) == 0.5
-    assert seen == {"code_status": "timeout", "code_note": "out of time"}
+    score = code_tests.score(late, None, seen.__setitem__, tests=TESTS, partial=True, test_seconds=0.5)
+    assert score == 0.5 and seen == {"code_status": "timeout"}
+    assert score.note.startswith("2 of 4 tests passed; ") and score.note.endswith(": out of time")
 
 
 def test_why_is_told():
@@ -116,8 +117,9 @@ def test_why_is_told():
         ("def plus(a, b): return a + b", "failed", "AttributeError: module 'candidate' has no attribute 'add'"),
     ):
         seen: dict[str, object] = {}
-        code_tests.score(completion, None, seen.__setitem__, tests=TESTS)
-        assert seen["code_status"] == status and str(seen["code_note"]).startswith(note), (completion, seen)
+        score = code_tests.score(completion, None, seen.__setitem__, tests=TESTS)
+        assert seen["code_status"] == status and note in getattr(score, "note", ""), (completion, seen)
+        assert status != "failed" or score.note.startswith(f"0 of 4 tests passed; {TESTS[0]}: ")
 
 
 @pytest.mark.parametrize(

@@ -143,12 +143,36 @@ def test_the_loose_mode():
     assert not follows("a,", no_comma, loose=True)  # what is left without its only line is empty, and follows nothing
 
 
+@pytest.mark.parametrize("write", [lambda v: v, json.dumps, repr, lambda v: [json.dumps(v[0])], lambda v: v[0]])
+def test_the_column_of_open_instruct(write):
+    """One column with a list of one mapping, as a value or as text; open-instruct reads that text as a Python literal."""
+    given = [{"instruction_id": ["punctuation:no_comma", "startend:quotation"], "kwargs": [None, {}]}]
+    columns = {"ground_truth": write(given)}
+    assert instructions.check_gold(**columns, dataset="ifeval") is None
+    assert [instructions.score(text, **columns) for text in ('"a"', '"a, b"')] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            [{"instruction_id": ["last_word:last_word_answer"], "kwargs": [{"last_word": "x"}]}],
+            "unknown instruction 'last_word",
+        ),
+        ('{"func_name": "validate_title"}', "instruction_id"),
+        ("[{", "neither JSON nor a Python literal"),
+        (None, "or ground_truth hold one"),
+    ],
+)
+def test_columns_that_open_instruct_has_and_we_do_not(given, says):
+    assert says in instructions.check_gold(ground_truth=given)
+
+
 def test_scores_and_notes():
     ids, kwargs = ["punctuation:no_comma", "startend:quotation"], [{}, None]
-    notes = []
     assert instructions.score('"a"', ids, kwargs) == 1.0
-    assert instructions.score("a", ids, kwargs, lambda *pair: notes.append(pair)) == 0.0
-    assert notes == [("instructions_missed", "startend:quotation")]
+    missed = instructions.score("a", ids, kwargs)
+    assert missed == 0.0 and missed.note == "not followed: startend:quotation"
     assert instructions.score("a", ids, kwargs, partial=True) == 0.5
     assert instructions.score('Hi, you\n"a"', ids, kwargs, loose=True) == 1.0
     assert instructions.score('<think>a, b</think>\n"a"', ids, kwargs) == 1.0  # the thinking is not judged
@@ -262,7 +286,7 @@ def test_a_recipe_names_it():
         good, bad = runner.score([rollout('"a"', 0, **columns), rollout("a", 1, **columns)])
         wrong = runner.check_golds([rollout("a", instruction_id_list=["no:such"], kwargs=[{}]).prompt])
     assert (good.reward, bad.reward) == (1.0, 0.5)
-    assert bad.extra["instructions_missed"] == "startend:quotation"
+    assert bad.notes == {"instructions": "not followed: startend:quotation"} and not good.notes
     assert "unknown instruction" in wrong[0].reason
 
 
@@ -285,4 +309,8 @@ def test_grpo_on_instructions(tiny_model_dir, tmp_path):
     assert GRPOTrainer(config, train_dataset=rows).train()["status"] == "finished"
     files = sorted((tmp_path / "run" / "samples").glob("*.jsonl"))
     samples = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    assert samples and all("instructions_missed" in json.dumps(s) for s in samples)
+    assert samples and all(s["milliseconds"].keys() == s["parts"].keys() == s["outcomes"].keys() for s in samples)
+    assert any("not followed: " in s["notes"].get("instructions", "") for s in samples)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["reward_weight/think_format"] for r in rows if "reward" in r] == [1.0, 0.0]
+    assert not any("reward_weight/instructions" in r for r in rows), "its weight does not change"
