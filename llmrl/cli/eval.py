@@ -127,7 +127,7 @@ def evaluate_model(config: EvalConfig, *, progress: bool = False) -> EvalResult:
             sampling=_sampling(config),
             threshold=config.threshold,
             batch_size=config.batch_size,
-            settings=settings,
+            manifest=settings,
             progress=progress,
         )
 
@@ -170,7 +170,7 @@ def print_result(result: EvalResult, config: EvalConfig) -> None:
     table = Table(title=f"{config.model_name_or_path} on {', '.join(s.path for s in config.data)}")
     table.add_column("measure")
     table.add_column("value", justify="right")
-    table.add_row("problems x completions", f"{len(result.rows)} x {result.n}")
+    table.add_row("problems x completions", f"{len(result.rows)} x {result.samples}")
     table.add_row("temperature", f"{config.temperature:g}{'' if config.temperature else ' (greedy)'}")
     table.add_row("accuracy", f"{result.accuracy:.4f}")
     table.add_row("95% interval", f"{low:.4f} to {high:.4f}")
@@ -184,15 +184,15 @@ def print_result(result: EvalResult, config: EvalConfig) -> None:
     table.add_row("cut by the token limit", f"{result.truncation_rate:.1%}")
     console = Console()
     console.print(table)
-    for note in result.settings.get("notes", ()):
+    for note in result.manifest.get("notes", ()):
         console.print(f"note: {note}", markup=False)
     if result.failures:
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(result.failures.items()))
         console.print(f"Without a score, counted as wrong: {listed}")
-    if unusable := result.settings.get("unusable_answers"):
+    if unusable := result.manifest.get("unusable_answers"):
         ids = ", ".join(item["id"] for item in unusable[:5])
         console.print(
             f"Problems whose reference answer the scorer can't use, counted as wrong: {len(unusable)} ({ids})"
         )
-    if cut := result.settings.get("truncated_prompts"):
+    if cut := result.manifest.get("truncated_prompts"):
         console.print(f"Prompts cut at max_prompt_length {config.max_prompt_length}: {cut}")

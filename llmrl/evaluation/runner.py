@@ -6,129 +6,41 @@ malformed, or did not apply) counts as wrong, and is listed under `failures`: it
 
 from __future__ import annotations
 
-import json
-import math
-import platform
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from llmrl.config.reward import RewardSpec
 from llmrl.errors import DataError, together
-from llmrl.evaluation.metrics import accuracy_interval, mean_interval, mean_pass_at_k
-from llmrl.experience.collect import Scorer
-from llmrl.types import Prompt, RolloutEngine, Sampling, ScoredRollout
+from llmrl.evaluation.journal import Journal
+from llmrl.evaluation.result import EvalResult
+from llmrl.evaluation.votes import Ballot, classes, extract, reads_answers
+from llmrl.experience.collect import Scorer, Session
+from llmrl.types import Completion, OnGroup, Prompt, Rollout, Sampling, ScoredRollout
+
+__all__ = ["EvalResult", "Sampler", "evaluate", "outcome", "row_of"]
 
 _FAILURES = ("malformed", "timeout", "error")
+_CHUNK = 32
+"""Samples that are scored in one call, while others are still being sampled."""
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """What an evaluation found; `rows` has one mapping a problem: id, correct, rewards, outcomes, lengths, finish, completions.
+class Sampler(Protocol):
+    """The part of a `RolloutEngine` that an evaluation needs."""
 
-    `failures` counts the completions without a reward, by reason. `settings` is filled by the caller: model, data, sampling.
-    """
-
-    n: int
-    rows: list[dict[str, Any]]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def correct(self) -> list[int]:
-        return [sum(row["correct"]) for row in self.rows]
-
-    @property
-    def accuracy(self) -> float:
-        return accuracy_interval(self.correct, self.n)[0]
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95%, see `metrics.accuracy_interval`."""
-        return accuracy_interval(self.correct, self.n)[1:]
-
-    @property
-    def pass_at_k(self) -> dict[int, float]:
-        return mean_pass_at_k(self.correct, self.n)
-
-    @property
-    def failures(self) -> dict[str, int]:
-        return dict(Counter(reason for row in self.rows for reason in row["outcomes"] if reason != "score"))
-
-    @property
-    def truncation_rate(self) -> float:
-        """Share of completions that the token limit cut."""
-        return self._mean([float(reason == "length") for row in self.rows for reason in row["finish"]])
-
-    @property
-    def mean_length(self) -> float:
-        """Tokens a completion, the stop token included."""
-        return self._mean([float(length) for row in self.rows for length in row["lengths"]])
-
-    @property
-    def mean_reward(self) -> float | None:
-        """Over the completions that have a reward; None without any."""
-        found = mean_interval([row["rewards"] for row in self.rows])
-        return found[0] if found else None
-
-    @property
-    def reward_interval(self) -> tuple[float, float] | None:
-        """95% of the mean reward, see `metrics.mean_interval`; None where nothing is known of the spread."""
-        found = mean_interval([row["rewards"] for row in self.rows])
-        return found[1:] if found and math.isfinite(found[1]) else None
-
-    def metrics(self) -> dict[str, float]:
-        """The numbers that a trainer logs."""
-        low, high = self.interval
-        values = {
-            "accuracy": self.accuracy,
-            "accuracy_low": low,
-            "accuracy_high": high,
-            "completions/mean_length": self.mean_length,
-            "completions/clipped_ratio": self.truncation_rate,
-            "scorer_failures": float(sum(self.failures.values())),
-        }
-        if self.mean_reward is not None:
-            values["reward"] = self.mean_reward
-        if self.reward_interval is not None:
-            values["reward_low"], values["reward_high"] = self.reward_interval
-        return values
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; the settings (model, data, ...) come first and the rows last."""
-        return {
-            **self.settings,
-            "problems": len(self.rows),
-            "n": self.n,
-            "accuracy": self.accuracy,
-            "interval": list(self.interval),
-            "pass_at_k": {str(k): value for k, value in self.pass_at_k.items()},
-            "mean_reward": self.mean_reward,
-            "reward_interval": self.reward_interval and list(self.reward_interval),
-            "truncation_rate": self.truncation_rate,
-            "mean_length": self.mean_length,
-            "failures": self.failures,
-            "versions": versions(),
-            "per_row": self.rows,
-        }
-
-    def save(self, path: str | Path) -> Path:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        return path
-
-    @staticmethod
-    def _mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values)
+    def generate(
+        self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling, on_group: OnGroup | None = None
+    ) -> list[list[Rollout]]: ...
 
 
 def evaluate(
     prompts: Sequence[Prompt],
-    engine: RolloutEngine,
+    engine: Sampler,
     scorer: Scorer,
     *,
     n: int,
@@ -136,11 +48,21 @@ def evaluate(
     threshold: float = 0.5,
     batch_size: int = 64,
     gather: Callable[[Any], list[Any]] | None = None,
-    settings: Mapping[str, Any] | None = None,
     progress: bool = False,
     trainer_state: Mapping[str, Any] | None = None,
+    name: str = "",
+    judged_by: RewardSpec | None = None,
+    breakdown: Sequence[str] = (),
+    cut: Sequence[str] = (),
+    journal: Journal | None = None,
+    manifest: Mapping[str, Any] | None = None,
 ) -> EvalResult:
     """Samples `n` completions of each prompt, `batch_size` prompts at once, scores them and counts.
+
+    Every sample is a request of its own, whose randomness is keyed by seed, problem and number: the first samples are the same whatever
+    `n` is, and whatever was sampled before. With a `journal` each is written down as it finishes, and those in it are not sampled again.
+    `judged_by` is what `scorer` was made of: with it answers are read out of completions, and put to the vote. `breakdown` names columns.
+    A completion is read up to the first of `cut`.
 
     Several processes give each its own share of the prompts and `gather`, which returns every process's value in rank order;
     all of them get the whole result. `trainer_state` is what reward functions see of a run. Raises DataError when there is no
@@ -151,36 +73,169 @@ def evaluate(
 
     def sample() -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
-        right = 0
-        with _bar(progress) as bar:
-            task = bar.add_task("evaluate", total=len(prompts), accuracy="")
+        with _Bar(progress, name or "evaluate", len(prompts) * n) as bar:
             for start in range(0, most, batch_size):
                 asked = prompts[start : start + batch_size]
-                with scorer.session(asked, trainer_state) as session:
-                    scored = session.finish(engine.generate(asked, n, sampling, on_group=session.add))
-                for group in scored:
-                    rows.append(_row(group, threshold))
-                    right += sum(rows[-1]["correct"])
-                bar.update(task, completed=len(rows), accuracy=f"accuracy {right / max(len(rows) * n, 1):.3f}")
+                with _scoring(scorer, trainer_state, threshold, bar) as scoring:
+                    _sample(asked, n, sampling, engine, journal, cut, scoring, bar)
+                    scored = scoring.finish()
+                for number, prompt in enumerate(asked):
+                    group = [scored[number * n + i] for i in range(n)]
+                    rows.append(row_of(prompt, group, threshold, judged_by, breakdown))
+        if n > 1 and judged_by is not None and reads_answers(judged_by):
+            add_classes(rows, prompts, judged_by)
         return rows
 
     rows = [row for part in gather(together(sample, gather)) for row in part]
     if not rows:
         raise DataError("nothing to evaluate: the data hold no usable problem")
-    return EvalResult(n, rows, dict(settings or {}))
+    return EvalResult(
+        rows, name, dict(manifest or {}), reads_answers=judged_by is not None and reads_answers(judged_by)
+    )
 
 
-def _row(scored: Sequence[ScoredRollout], threshold: float) -> dict[str, Any]:
+def _sample(
+    prompts: Sequence[Prompt],
+    n: int,
+    sampling: Sampling,
+    engine: Sampler,
+    journal: Journal | None,
+    cut: Sequence[str],
+    scoring: _Scoring,
+    bar: _Bar,
+) -> None:
+    """Hands `n` samples of every prompt to `scoring`, numbered in order: those of the journal, then new ones as they finish."""
+    todo: list[tuple[int, Prompt, int]] = []
+    for place, (prompt, index) in enumerate((p, i) for p in prompts for i in range(n)):
+        known = journal.found(prompt.id, index) if journal is not None else None
+        if known is None:
+            todo.append((place, prompt, index))
+        else:
+            bar.took(known, sampled=False)
+            scoring.add(place, _read(prompt, known, index, cut))
+
+    def finished(number: int, group: list[Rollout]) -> None:
+        place, prompt, index = todo[number]
+        completion = group[0].completion
+        if journal is not None:
+            journal.add(prompt.id, index, completion)
+        bar.took(completion)
+        scoring.add(place, _read(prompt, completion, index, cut))
+
+    requests = [replace(prompt, id=_request_id(prompt.id, index)) for _, prompt, index in todo]
+    announced: set[int] = set()
+
+    def on_group(number: int, group: list[Rollout]) -> None:
+        announced.add(number)
+        finished(number, group)
+
+    for number, group in enumerate(engine.generate(requests, 1, sampling, on_group=on_group)):
+        if number not in announced:
+            finished(number, group)
+
+
+def _request_id(problem: str, index: int) -> str:
+    """What keys a sample's randomness: the first sample's key does not depend on how many there are."""
+    return problem if index == 0 else f"{problem}#{index}"
+
+
+def _read(prompt: Prompt, completion: Completion, index: int, cut: Sequence[str]) -> Rollout:
+    """The sample as it is judged: its text up to the first of `cut`."""
+    end = min((at for mark in cut if (at := completion.text.find(mark)) >= 0), default=None)
+    return Rollout(prompt, completion if end is None else replace(completion, text=completion.text[:end]), index)
+
+
+@contextmanager
+def _scoring(scorer: Scorer, trainer_state: Any, threshold: float, bar: _Bar) -> Iterator[_Scoring]:
+    scoring = _Scoring(scorer, trainer_state, threshold, bar)
+    try:
+        yield scoring
+    except BaseException as error:
+        scoring.abandon(error)
+        raise
+
+
+class _Scoring:
+    """Scores samples in chunks while others are still sampled: a chunk begins when it is full and is fetched when the next one is."""
+
+    def __init__(self, scorer: Scorer, trainer_state: Any, threshold: float, bar: _Bar) -> None:
+        self.scorer, self.trainer_state, self.threshold, self.bar = scorer, trainer_state, threshold, bar
+        self._waiting: list[tuple[int, Rollout]] = []
+        self._open: tuple[list[tuple[int, Rollout]], Session] | None = None
+        self._scored: dict[int, ScoredRollout] = {}
+
+    def add(self, place: int, rollout: Rollout) -> None:
+        self._waiting.append((place, rollout))
+        if len(self._waiting) == _CHUNK:
+            self._begin()
+
+    def finish(self) -> dict[int, ScoredRollout]:
+        """Every sample's score, by its place."""
+        self._begin()
+        self._fetch()
+        return self._scored
+
+    def abandon(self, error: BaseException) -> None:
+        if self._open is not None:
+            self._open[1].__exit__(type(error), error, error.__traceback__)
+            self._open = None
+
+    def _begin(self) -> None:
+        self._fetch()
+        if not self._waiting:
+            return
+        chunk, self._waiting = self._waiting, []
+        session = self.scorer.session([rollout.prompt for _, rollout in chunk], self.trainer_state)
+        session.__enter__()
+        self._open = chunk, session
+        for number, (_, rollout) in enumerate(chunk):
+            session.add(number, [rollout])
+
+    def _fetch(self) -> None:
+        if self._open is None:
+            return
+        chunk, session = self._open
+        scored = session.finish([[rollout] for _, rollout in chunk])
+        session.__exit__(None, None, None)
+        self._open = None
+        for (place, _), (one,) in zip(chunk, scored, strict=True):
+            self._scored[place] = one
+            self.bar.judged(is_right(one, self.threshold))
+
+
+def is_right(scored: ScoredRollout, threshold: float) -> bool:
+    return scored.reward is not None and scored.reward >= threshold
+
+
+def row_of(
+    prompt: Prompt,
+    scored: Sequence[ScoredRollout],
+    threshold: float,
+    judged_by: RewardSpec | None = None,
+    breakdown: Sequence[str] = (),
+) -> dict[str, Any]:
+    """A problem's row of the result, see `EvalResult`; `judged_by` reads the answers out of the completions."""
     completions = [s.rollout.completion for s in scored]
+    reads = judged_by is not None and reads_answers(judged_by)
     return {
-        "id": scored[0].rollout.prompt.id,
-        "correct": [s.reward is not None and s.reward >= threshold for s in scored],
+        "id": prompt.id,
+        "correct": [is_right(s, threshold) for s in scored],
         "rewards": [s.reward for s in scored],
         "outcomes": [outcome(s) for s in scored],
+        "answers": [extract(judged_by, c.text, prompt.columns) if judged_by and reads else None for c in completions],
         "lengths": [len(c.ids) for c in completions],
         "finish": [c.finish_reason for c in completions],
         "completions": [c.text for c in completions],
+        "notes": ["; ".join(s.notes.values()) or None for s in scored],
+        "meta": {name: prompt.columns.get(name) for name in breakdown},
     }
+
+
+def add_classes(rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt], judged_by: RewardSpec) -> None:
+    """Puts `classes` into the rows of these prompts: which samples gave the same answer, by the verifier."""
+    ballots = [Ballot(r["id"], r["answers"], r["correct"], p.columns) for r, p in zip(rows, prompts, strict=True)]
+    for row, labels in zip(rows, classes(judged_by, ballots), strict=True):
+        row["classes"] = labels
 
 
 def outcome(scored: ScoredRollout) -> str:
@@ -191,23 +246,38 @@ def outcome(scored: ScoredRollout) -> str:
     return "score" if scored.reward is not None else "not-applicable"
 
 
-def versions() -> dict[str, str]:
-    """The versions that the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("llmrl", "torch", "transformers", "math-verify"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+class _Bar:
+    """The progress of one benchmark: samples, running accuracy, tokens a second of what is sampled now."""
 
+    def __init__(self, show: bool, title: str, total: int) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, disable=not show, transient=True, console=Console(stderr=True))
+        self._title, self._total, self._task = title, total, TaskID(0)
+        self._began, self._tokens, self._scored, self._right = time.monotonic(), 0, 0, 0
 
-def _bar(show: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracy]}"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, disable=not show, transient=True)
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        self._task = self._progress.add_task(self._title, total=self._total, status="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def took(self, completion: Completion, *, sampled: bool = True) -> None:
+        self._tokens += len(completion.ids) if sampled else 0
+        self._progress.update(self._task, advance=1, status=self._status())
+
+    def judged(self, right: bool) -> None:
+        self._scored += 1
+        self._right += right
+        self._progress.update(self._task, status=self._status())
+
+    def _status(self) -> str:
+        speed = f"{self._tokens / max(time.monotonic() - self._began, 1e-9):.0f} tokens/s"
+        return f"accuracy {self._right / self._scored:.3f}, {speed}" if self._scored else speed

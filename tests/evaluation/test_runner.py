@@ -18,22 +18,25 @@ SAMPLING = Sampling(max_tokens=8, temperature=0.7)
 
 
 class Engine:
-    """Answers "1", "2", ... in turn; every third completion of a prompt is cut by the limit."""
+    """Answers "0", "1", ... to a problem's samples, whose number is in the request's id; every third is cut by the limit."""
 
     version = 0
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.asked = [], []
 
     def generate(self, prompts, num_generations, sampling, on_group=None):
+        assert num_generations == 1
         self.calls.append(len(prompts))
-        return [
-            [
-                Rollout(p, Completion((7,) * (i + 1), (-0.1,) * (i + 1), "length" if i % 3 == 2 else "stop", str(i)), i)
-                for i in range(num_generations)
-            ]
-            for p in prompts
-        ]
+        groups = []
+        for place, p in enumerate(prompts):
+            i = int(p.id.partition("#")[2] or 0)
+            self.asked.append(p.id)
+            finish = "length" if i % 3 == 2 else "stop"
+            groups.append([Rollout(p, Completion((7,) * (i + 1), (-0.1,) * (i + 1), finish, str(i)))])
+            if on_group is not None:
+                on_group(place, groups[-1])
+        return groups
 
 
 class Scorer(PlainScorer):
@@ -58,7 +61,7 @@ def prompts(*ks):
 def test_counts_accuracy_pass_at_k_lengths_and_truncation():
     engine = Engine()
     result = evaluate(prompts(0, 1, 4, 2, 4), engine, Scorer(), n=4, sampling=SAMPLING, batch_size=2)
-    assert engine.calls == [2, 2, 1]
+    assert engine.calls == [8, 8, 4]
     assert result.correct == [0, 1, 4, 2, 4]
     assert result.accuracy == pytest.approx(11 / 20)
     assert result.interval[0] < 11 / 20 < result.interval[1]
@@ -120,7 +123,7 @@ def test_processes_see_the_whole_result_and_call_the_engine_equally_often():
         return evaluate(share, engines[rank], Scorer(), n=3, sampling=SAMPLING, batch_size=2, gather=gather)
 
     assert [result.metrics() for result in two_processes(run)] == [whole.metrics()] * 2
-    assert [engine.calls for engine in engines] == [[2, 1], [2, 0]]
+    assert [engine.calls for engine in engines] == [[6, 3], [6, 0]]
 
 
 def test_an_error_of_one_process_reaches_the_other():
@@ -137,13 +140,20 @@ def test_an_error_of_one_process_reaches_the_other():
     assert isinstance(other, LLMRLError) and "process 1 failed: RolloutError: no server" in str(other)
 
 
-def test_results_are_json_with_settings_and_versions(tmp_path):
-    result = evaluate(prompts(1), Engine(), Scorer(), n=1, sampling=SAMPLING, settings={"model": "m", "data": "d"})
+def test_results_are_json_with_the_manifest(tmp_path):
+    result = evaluate(
+        prompts(1, 0), Engine(), Scorer(), n=2, sampling=SAMPLING, name="b", manifest={"seed": 3}, breakdown=["k"]
+    )
     saved = json.loads(result.save(tmp_path / "new" / "r.json").read_text())
-    assert saved["model"] == "m" and saved["accuracy"] == 1.0 and saved["pass_at_k"] == {"1": 1.0}
+    assert (saved["format"], saved["benchmark"], saved["n"], saved["samples"]) == ("llmrl-result/1", "b", 2, 2)
+    assert saved["accuracy"] == 0.25 and saved["pass_at_k"] == {"1": 0.25, "2": 0.5} and saved["missing"] == []
     assert 0 < saved["interval"][0] < saved["interval"][1] <= 1
-    assert saved["per_row"][0]["completions"] == ["0"]
-    assert {"llmrl", "torch"} <= set(saved["versions"])
+    assert saved["breakdown"]["k"]["1"]["n"] == 1 and saved["breakdown"]["k"]["1"]["accuracy"] == 0.5
+    assert saved["maj_at_k"] is None and saved["format_rate"] is None  # this scorer reads no answers
+    assert saved["per_row"][0]["completions"] == ["0", "1"] and saved["per_row"][0]["meta"] == {"k": 1}
+    assert saved["manifest"] == {"seed": 3}
+    lists = [value for value in saved["per_row"][0].values() if isinstance(value, list)]
+    assert len(lists) == 8 and {len(value) for value in lists} == {2}
 
 
 def test_no_problem_is_an_error():

@@ -1,0 +1,179 @@
+"""What an evaluation found on one benchmark: its numbers, and the file that they are kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmrl.evaluation.metrics import accuracy_interval, mean_interval, pass_at_k, sample_sizes
+from llmrl.evaluation.votes import format_rate, mean_maj_at_k
+from llmrl.train.files import write_atomically
+
+FORMAT = "llmrl-result/1"
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation found, on one benchmark; `to_dict` is the result file, which `llmrl compare` and `llmrl report` read.
+
+    `rows` has one mapping a problem: id, then lists with an item a sample: correct, rewards, outcomes, answers (what was read out of the
+    completion, None for nothing), lengths (tokens; None for completions that came as text), finish, completions, notes (the scorer's);
+    then `meta`, the problem's columns that accuracy is broken down by, and `classes` where there was a vote: samples of equal classes gave
+    the same answer. Problems may have different numbers of samples.
+    """
+
+    rows: list[dict[str, Any]]
+    benchmark: str = ""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    missing: Sequence[str] = ()
+    reads_answers: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of the result file."""
+
+    @property
+    def samples(self) -> int:
+        """Completions a problem; the fewest, where problems have different numbers."""
+        return min(len(row["correct"]) for row in self.rows)
+
+    @property
+    def correct(self) -> list[int]:
+        """How many of its completions are right, a problem."""
+        return [sum(row["correct"]) for row in self.rows]
+
+    @property
+    def accuracy(self) -> float:
+        """The mean over problems of the share of right completions (avg@samples)."""
+        return self._accuracy(self.rows)[0]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95%, see `metrics.accuracy_interval`."""
+        return self._accuracy(self.rows)[1:]
+
+    @property
+    def pass_at_k(self) -> dict[int, float]:
+        """Over the problems with at least k samples."""
+        found = {}
+        for k in sample_sizes([len(row["correct"]) for row in self.rows]):
+            values = [pass_at_k(len(c), sum(c), k) for c in (row["correct"] for row in self.rows) if len(c) >= k]
+            found[k] = sum(values) / len(values)
+        return found
+
+    @property
+    def maj_at_k(self) -> dict[int, float] | None:
+        """None where nothing was voted on: one sample a problem, or a scorer that reads no answers."""
+        if not self.rows or any("classes" not in row for row in self.rows):
+            return None
+        return mean_maj_at_k([row["classes"] for row in self.rows], [row["correct"] for row in self.rows])
+
+    @property
+    def format_rate(self) -> float | None:
+        """Share of completions with an answer in them; None for a scorer that reads none."""
+        return format_rate([row["answers"] for row in self.rows]) if self.reads_answers else None
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Completions without a reward, by reason."""
+        return dict(Counter(reason for row in self.rows for reason in row["outcomes"] if reason != "score"))
+
+    @property
+    def truncation_rate(self) -> float | None:
+        """Share of completions that the token limit cut; None where nobody knows."""
+        return _mean([float(reason == "length") for row in self.rows for reason in row["finish"] if reason is not None])
+
+    @property
+    def mean_length(self) -> float | None:
+        """Tokens a completion, the stop token included; None where nobody knows."""
+        return _mean([float(length) for row in self.rows for length in row["lengths"] if length is not None])
+
+    @property
+    def mean_reward(self) -> float | None:
+        """Over the completions that have a reward; None without any."""
+        found = mean_interval([row["rewards"] for row in self.rows])
+        return found[0] if found else None
+
+    @property
+    def reward_interval(self) -> tuple[float, float] | None:
+        """95% of the mean reward, see `metrics.mean_interval`; None where nothing is known of the spread."""
+        found = mean_interval([row["rewards"] for row in self.rows])
+        return found[1:] if found and math.isfinite(found[1]) else None
+
+    @property
+    def breakdown(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """column -> value -> n, accuracy, interval; problems without the column are left out."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for column in dict.fromkeys(name for row in self.rows for name in row["meta"]):
+            parts: dict[Any, list[dict[str, Any]]] = {}
+            for row in self.rows:
+                if row["meta"].get(column) is not None:
+                    parts.setdefault(row["meta"][column], []).append(row)
+            found[column] = {}
+            for value in sorted(parts, key=lambda v: (isinstance(v, str), v)):
+                accuracy, *interval = self._accuracy(parts[value])
+                found[column][str(value)] = {"n": len(parts[value]), "accuracy": accuracy, "interval": interval}
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers that a trainer logs."""
+        low, high = self.interval
+        values = {
+            "accuracy": self.accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "completions/mean_length": self.mean_length,
+            "completions/clipped_ratio": self.truncation_rate,
+            "scorer_failures": float(sum(self.failures.values())),
+            "reward": self.mean_reward,
+        }
+        if self.reward_interval is not None:
+            values["reward_low"], values["reward_high"] = self.reward_interval
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result file: JSON-serialisable, the rows last."""
+        return {
+            "format": FORMAT,
+            "benchmark": self.benchmark,
+            "n": len(self.rows),
+            "samples": self.samples,
+            "accuracy": self.accuracy,
+            "interval": list(self.interval),
+            "pass_at_k": _by_k(self.pass_at_k),
+            "maj_at_k": _by_k(self.maj_at_k),
+            "format_rate": self.format_rate,
+            "truncation_rate": self.truncation_rate,
+            "mean_length": self.mean_length,
+            "mean_reward": self.mean_reward,
+            "reward_interval": self.reward_interval and list(self.reward_interval),
+            "failures": self.failures,
+            "breakdown": self.breakdown,
+            "missing": list(self.missing),
+            **self.extra,
+            "manifest": dict(self.manifest),
+            "per_row": self.rows,
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the result file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        return path
+
+    @staticmethod
+    def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+        n = min(len(row["correct"]) for row in rows)
+        return accuracy_interval([n * sum(row["correct"]) / len(row["correct"]) for row in rows], n)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _by_k(values: Mapping[int, float] | None) -> dict[str, float] | None:
+    return None if values is None else {str(k): value for k, value in values.items()}
