@@ -17,6 +17,7 @@ from llmrl.errors import DataError
 from llmrl.rewards.answer import all_boxed, final_answer, gold_answer, number_of, number_with_unit, same_text
 from llmrl.rewards.base import row_verifier
 from llmrl.rewards.math_equal import equal
+from llmrl.rewards.math_near import near
 from llmrl.rewards.math_parse import Node
 from llmrl.rewards.math_read import Reading, first_answer, reading, spoken_answer
 
@@ -64,19 +65,25 @@ def read_answer(completion: str, *, column: str | None = None, **columns: Any) -
     return answer
 
 
+def _check_args(*, rel_tol: float = 0.0, **_: Any) -> str | None:
+    return None if rel_tol >= 0 else f"rel_tol must be 0 or more, given {rel_tol}"
+
+
 def _is_list(answer: str) -> bool:
     trees = reading(answer).whole
     return bool(trees) and trees[0][0] in ("seq", "set", "or", "and")
 
 
-@row_verifier(check_gold=check_gold, warm_up=_warm_up, read_answer=read_answer)
-def math_answer(completion: str, *, column: str | None = None, **columns: Any) -> float | None:
+@row_verifier(check_gold=check_gold, warm_up=_warm_up, read_answer=read_answer, check_args=_check_args)
+def math_answer(
+    completion: str, *, column: str | None = None, rel_tol: float = 0.0, tolerance: str | None = None, **columns: Any
+) -> float | None:
     r"""1.0 when the final answer equals the reference as mathematics, else 0.0; None when the row has no usable reference.
 
     The final answer is the last closed `\boxed{}` (several joined by commas or "and" are a set), `<answer></answer>`, or what follows
     "Answer:" or "####"; else the whole text if it is a formula, its last `$...$`, what its last sentence ends with, and for a numeric
     reference the last number. `column`: where the reference is; default `answer`, else `solution`, of which the last `\boxed{}` or
-    what follows "####" counts.
+    what follows "####" counts. Numbers may differ by `rel_tol` of the reference, and by what the row's column `tolerance` holds.
 
     Example: math_answer.score(r"so \boxed{\frac{2}{4}}", answer="0.5") -> 1.0
     """
@@ -94,6 +101,9 @@ def math_answer(completion: str, *, column: str | None = None, **columns: Any) -
         # Several boxes are a set, wherever they stand; one box among others is no hedge, since only the last is the answer.
         if _is_list(gold):
             verdict = equivalent(gold, ", ".join(boxes))
+    absolute = float(columns.get(tolerance) or 0) if tolerance else 0.0
+    if not verdict and (rel_tol or absolute):
+        verdict = near(gold, answer, relative=rel_tol, absolute=absolute) or verdict
     return None if verdict is None else float(verdict)
 
 
