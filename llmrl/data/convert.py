@@ -235,13 +235,16 @@ def humaneval(row: Mapping[str, Any], index: int) -> Record:
 
 
 def mbpp(row: Mapping[str, Any], index: int) -> Record | None:
-    """google-research-datasets/mbpp, sanitized: task_id, prompt, code, test_imports, test_list. None outside the official test split, 11-510."""
+    """google-research-datasets/mbpp, sanitized (`mbpp_task`). None outside the official test split, 11-510."""
+    made = mbpp_task(row, index)
+    return made if 11 <= int(made["id"].removeprefix("mbpp/")) <= 510 else None
+
+
+def mbpp_task(row: Mapping[str, Any], index: int) -> Record:
+    """A task of any split: task_id, prompt, code, test_imports, test_list."""
     id = named(row, "mbpp", index, "id", "task_id")
-    number = id.removeprefix("mbpp/")
-    if not number.isdigit():
-        raise DataError(f"the task_id {number!r} is no number")
-    if not 11 <= int(number) <= 510:
-        return None
+    if not id.removeprefix("mbpp/").isdigit():
+        raise DataError(f"the task_id {id.removeprefix('mbpp/')!r} is no number")
     tests = pick(row, "test_list", "tests")
     if not tests:
         raise DataError("there are no tests (column 'test_list')")

@@ -16,7 +16,8 @@ def unfold(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The columns of a row; one of neither form is returned as it is.
 
     A record (`llmrl.data.convert`) gives `id`, `source`, `answer`, `verifier` and each key of `meta`; its messages are the `prompt` where
-    they end with a user's turn, whose text is also there as `question`, for templates; else they are `messages` to learn from.
+    they end with a user's turn, whose text is also there as `question`, for templates; else they are `messages` to learn from. The
+    choices of a `multiple_choice` record are put behind its problem, lettered, one a line: without them it could not be answered.
     open-instruct's rows (`messages`, `ground_truth`, `dataset`) get `prompt` (without a final assistant's turn), `answer` and `verifier`.
     Raises DataError for a key of `meta` that is a column already, and for what can't be read.
     """
@@ -43,7 +44,12 @@ def _record(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**columns, **meta, "messages": messages}
     if _speaker(messages) != "user":
         return {**columns, **meta, "prompt": messages}  # the reader of prompts says what is wrong with them
-    return {**columns, **meta, "prompt": messages, "question": messages[-1].get("content")}
+    question = messages[-1].get("content")
+    if values["verifier"] == "multiple_choice" and meta.get("choices"):
+        lettered = "\n".join(f"{choice['label']}. {choice['text']}" for choice in meta["choices"])
+        question = f"{question}\n\n{lettered}"
+        messages = [*messages[:-1], {**messages[-1], "content": question}]
+    return {**columns, **meta, "prompt": messages, "question": question}
 
 
 def _open_instruct(values: Mapping[str, Any]) -> Mapping[str, Any]:

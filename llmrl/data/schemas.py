@@ -121,7 +121,7 @@ def read_prompts(rows: Sequence[Row], *, system_prompt: str | None = None) -> li
 
 
 def sft_row(row: Row, system_prompt: str | None) -> TextRow | ChatRow:
-    values = _converted(row.values)
+    values = as_messages(row.values)
     if "prompt" in values and "completion" in values:
         prompt, completion = values["prompt"], values["completion"]
         if isinstance(prompt, str) != isinstance(completion, str):
@@ -281,7 +281,7 @@ def _from_json(value: Any, column: str) -> Any:
         raise DataError(f"column {column!r} is a string, but not JSON ({error})") from error
 
 
-def _converted(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def as_messages(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Alpaca's and ShareGPT's columns as `messages`; everything else as it is."""
     if "messages" in values or "text" in values or "completion" in values:
         return values

@@ -210,6 +210,14 @@ def test_records_become_columns(file):
     assert dict(rows_from([RECORD])[0].values)["prompt"] == RECORD["messages"]
 
 
+def test_the_choices_are_part_of_the_prompt():
+    choices = [{"label": "A", "text": "one"}, {"label": "B", "text": "two"}]
+    record = {**RECORD, "answer": "B", "verifier": "multiple_choice", "meta": {"choices": choices}}
+    row = rows_from([record])[0].values
+    assert row["question"] == row["prompt"][-1]["content"] == "1+1?\n\nA. one\nB. two"
+    assert row["choices"] == choices and RECORD["messages"] == [{"role": "user", "content": "1+1?"}]
+
+
 def test_a_record_of_a_conversation_is_learned_from():
     said = [*RECORD["messages"], {"role": "assistant", "content": "2"}]
     row = rows_from([{**RECORD, "messages": said, "answer": "", "verifier": ""}])[0].values
