@@ -6,9 +6,10 @@ import asyncio
 import json
 import secrets
 import statistics
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from llmrl.rewards.rubric import (
     shortened,
     winner_schema,
 )
-from llmrl.rewards.verdict import VerdictError, read_scores, read_winner
+from llmrl.rewards.verdict import VerdictError, read_reasons, read_scores, read_winner
 from llmrl.types import Judge, Messages
 
 T = TypeVar("T")
@@ -42,10 +43,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Graded:
-    """An answer's outcome, and what the judge said: criterion -> mean score, wins and comparisons, or why it failed."""
+    """An answer's outcome, and what the judge said: criterion -> mean score, wins and comparisons, or why it failed.
+
+    The outcome of a score has the judge's scores and reasons as its detail. `seconds`: until it was known, turns that it waited for included.
+    """
 
     outcome: Outcome
     note: dict[str, Any] | None = None
+    seconds: float = 0.0
 
 
 @dataclass
@@ -77,13 +82,18 @@ class Grader:
     async def grade(self, question: Question, answers: Sequence[str]) -> list[Graded]:
         """An outcome an answer. Raises BudgetSpent where the settings say that the run stops then."""
         different = list(dict.fromkeys(a.strip() for a in answers))
-        grade = self._scored if self._settings.mode == "score" else self._compared
-        found = dict(zip(different, await grade(question, different), strict=True))
+        if self._settings.mode == "score":
+            graded = await self._scored(question, different)
+        else:
+            begun = time.monotonic()
+            compared = await self._compared(question, different)
+            graded = [replace(g, seconds=time.monotonic() - begun) for g in compared]
+        found = dict(zip(different, graded, strict=True))
         return [found[a.strip()] for a in answers]
 
     async def _scored(self, question: Question, answers: Sequence[str]) -> list[Graded]:
         # All of them end before an error is passed on: none is left behind on the loop.
-        found = await asyncio.gather(*(self._score(question, a) for a in answers), return_exceptions=True)
+        found = await asyncio.gather(*(_with_time(self._score(question, a)) for a in answers), return_exceptions=True)
         for value in found:
             if isinstance(value, BaseException):
                 raise value
@@ -94,7 +104,8 @@ class Grader:
             return Graded(Outcome(SCORE, 0.0), {"empty": True})
         samples = range(self._settings.samples)
         found = await self._all([partial(self._sample, question, answer, n) for n in samples])
-        scores = [s for s in found if isinstance(s, dict)]
+        verdicts = [v for v in found if isinstance(v, dict)]
+        scores = [v["scores"] for v in verdicts]
         if not scores:
             return _failed(next(e for e in found if isinstance(e, Exception)), self._settings.over_budget)
         rewards = [reward(question.rubric, s) for s in scores]
@@ -103,12 +114,12 @@ class Grader:
         names = [c.name for c in question.rubric.criteria]
         given = {n: [v for s in scores if (v := s.get(n)) is not None] for n in names}
         note = {n: statistics.fmean(v) if v else None for n, v in given.items()}
-        return Graded(Outcome(SCORE, statistics.fmean(rewards)), note)
+        said = ", ".join(f"{n} {'none' if v is None else f'{v:g}'}" for n, v in note.items())
+        reasons = next((v["reasons"] for v in verdicts if v["reasons"]), "")
+        return Graded(Outcome(SCORE, statistics.fmean(rewards), f"{said}; {reasons}" if reasons else said), note)
 
-    async def _sample(
-        self, question: Question, answer: str, number: int, begin: Callable[[], None]
-    ) -> dict[str, float | None]:
-        """One verdict: criterion -> score; None only under `missing: zero`."""
+    async def _sample(self, question: Question, answer: str, number: int, begin: Callable[[], None]) -> dict[str, Any]:
+        """One verdict: "scores", criterion -> score (None only under `missing: zero`), and "reasons", a text."""
         rubric, explain = question.rubric, self._settings.explain
         shown = shortened(answer, self._settings.max_answer_characters)
         messages = score_messages(
@@ -119,11 +130,12 @@ class Grader:
 
         def read(reply: str, last: bool) -> dict[str, Any]:
             try:
-                return {**read_scores(reply, rubric, self._id)}
+                scores: dict[str, float | None] = {**read_scores(reply, rubric, self._id)}
             except VerdictError as error:
                 if not last or error.scores is None or rubric.missing == "none":
                     raise
-                return {name: error.scores.get(name) for name in names}
+                scores = {name: error.scores.get(name) for name in names}
+            return {"scores": scores, "reasons": read_reasons(reply, self._id)}
 
         key = self._key(question, answers=[shown], sample=number)
         return await self._verdict(key, messages, schema, read, begin)
@@ -159,7 +171,9 @@ class Grader:
         for k in range(n):
             points = [v if i == k else 1.0 - v for (i, j), v in results.items() if k in (i, j)]
             if points:
-                out.append(Graded(Outcome(SCORE, statistics.fmean(points)), {"points": sum(points), "of": len(points)}))
+                said = f"{sum(points):g} points of {len(points)} comparisons"
+                note = {"points": sum(points), "of": len(points)}
+                out.append(Graded(Outcome(SCORE, statistics.fmean(points), said), note))
             elif k in errors:
                 out.append(_failed(errors[k], self._settings.over_budget))
             else:
@@ -250,6 +264,7 @@ class Grader:
         s = self._settings
         return content_key(
             version=PROMPT_VERSION,
+            form=2,  # of what is kept
             model=s.model,
             rubric=json.dumps(rubric, sort_keys=True),
             prompt=question.prompt,
@@ -258,6 +273,12 @@ class Grader:
             sampling=[s.temperature, s.max_tokens, s.explain, sample],
             mode=s.mode,
         )
+
+
+async def _with_time(grading: Awaitable[Graded]) -> Graded:
+    begun = time.monotonic()
+    graded = await grading
+    return replace(graded, seconds=time.monotonic() - begun)
 
 
 def _failed(error: Exception, over_budget: str) -> Graded:

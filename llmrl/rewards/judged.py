@@ -192,7 +192,8 @@ class Judging:
             if i not in self._started:
                 self._send(i, [r.completion.text for r in group])
         graded = [g for i in range(len(groups)) for g in self._graded(i)]
-        return Result([g.outcome for g in graded], {f"{self._reward.name}_scores": [g.note for g in graded]})
+        notes = {f"{self._reward.name}_scores": [g.note for g in graded]}
+        return Result([g.outcome for g in graded], notes, seconds=[g.seconds for g in graded])
 
     def _review(self, groups: Sequence[Sequence[Rollout]], ruled: Result) -> Result:
         """The rule's outcomes, but the judge's where the rule said no or could not say, and the answer may be shown to a judge."""
@@ -212,16 +213,18 @@ class Judging:
         for i, rows in places.items():
             self._send(i, [texts[k] for k in rows])
         outcomes, overruled = list(ruled.outcomes), 0
+        seconds = list(ruled.seconds) or [None] * len(outcomes)
         notes: list[dict[str, Any] | None] = [None] * len(texts)
         for i, rows in places.items():
             for k, graded in zip(rows, self._graded(i), strict=True):
                 overruled += (graded.outcome.value or 0.0) > (outcomes[k].value or 0.0)
                 outcomes[k], notes[k] = graded.outcome, graded.note
+                seconds[k] = (seconds[k] or 0.0) + graded.seconds
         asked = doubted - filtered
         shares = {"doubted": doubted, "filtered": filtered, "asked": asked, "overruled": overruled}
         metrics = [(f"hybrid/{name}/{key}", value / max(1, len(texts))) for key, value in shares.items()]
         extra = {**ruled.extra, f"{name}_scores": notes}
-        return Result(outcomes, extra, [*ruled.metrics, *metrics])
+        return Result(outcomes, extra, [*ruled.metrics, *metrics], seconds)
 
     def _may_be_shown(self, rollout: Rollout) -> bool:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmrl.config.rubric import Criterion, Rubric
 
-_OBJECTS, _CHARACTERS = 64, 200_000
+_OBJECTS, _CHARACTERS, _REASONS = 64, 200_000, 1000
 
 
 class VerdictError(ValueError):
@@ -46,6 +46,17 @@ def read_winner(reply: str, verdict_id: str) -> str:
     if winner not in ("first", "second", "tie"):
         raise VerdictError('`winner` must be "first", "second" or "tie"')
     return str(winner)
+
+
+def read_reasons(reply: str, verdict_id: str) -> str:
+    """What the verdict gives as its reasons, on one line: of a comparison's, or a criterion each; "" without any. Raises VerdictError.
+
+    Example: read_reasons('{"id": "x1", "reasons": {"correct": "it is 4"}, "scores": {...}}', "x1") -> "correct: it is 4"
+    """
+    verdict = _verdict(reply, verdict_id)
+    given = verdict.get("reasons", verdict.get("reason"))
+    texts = [f"{name}: {text}" for name, text in given.items()] if isinstance(given, dict) else [given] if given else []
+    return " ".join(" ".join(map(str, texts)).split())[:_REASONS]
 
 
 def _problem(score: Any, criterion: Criterion) -> str | None:

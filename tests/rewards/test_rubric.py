@@ -19,7 +19,7 @@ from llmrl.rewards.rubric import (
     shortened,
     shown_prompt,
 )
-from llmrl.rewards.verdict import VerdictError, read_scores, read_winner
+from llmrl.rewards.verdict import VerdictError, read_reasons, read_scores, read_winner
 
 CRITERIA = [
     {"name": "right", "description": "is it right?", "range": [0, 5]},
@@ -181,3 +181,11 @@ def test_winners():
     assert read_winner('{"id": "v1", "winner": "second"}', "v1") == "second"
     with pytest.raises(VerdictError, match="winner"):
         read_winner('{"id": "v1", "winner": "A"}', "v1")
+
+
+def test_reasons_are_read_beside_the_scores():
+    said = '{"id": "v1", "reasons": {"right": "it is\\n4", "clear": "yes"}, "scores": {"right": 1}}'
+    assert read_reasons(said, "v1") == "right: it is 4 clear: yes"
+    assert read_reasons('{"id": "v1", "reason": "shorter", "winner": "first"}', "v1") == "shorter"
+    assert read_reasons('{"id": "v1", "scores": {"right": 1}}', "v1") == ""
+    assert len(read_reasons(json.dumps({"id": "v1", "reasons": "x" * 100_000}), "v1")) == 1000

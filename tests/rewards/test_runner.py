@@ -12,7 +12,7 @@ import pytest
 
 from llmrl.config.reward import RewardSpec
 from llmrl.errors import ConfigError, RewardError
-from llmrl.rewards import RewardRunner, row_verifier
+from llmrl.rewards import Noted, RewardRunner, row_verifier
 from llmrl.rewards.tally import Tally
 from tests.rewards.conftest import rollout, rollouts
 
@@ -343,3 +343,27 @@ def test_nothing_to_score_and_a_closed_runner():
     runner.close()
     with pytest.raises(RewardError, match="closed"):
         runner.score(rollouts("x"))
+
+
+def test_every_part_has_its_time_and_what_it_says(user_file):
+    """In workers and here, a row at a time and all at once; a failure says why, a score only where it is noted."""
+
+    @row_verifier(safe=True)
+    def half(completion):
+        return Noted(0.5, "half\nof it")
+
+    async def late(completions, **_):
+        await asyncio.sleep(0.02)
+        return [1.0] * len(completions)
+
+    functions = [RewardSpec(function=f"{user_file}:obeys", timeout=1.0), f"{user_file}:by_length", half, late]
+    with RewardRunner([], reward_funcs=functions, workers=1, on_error="skip") as runner:
+        slow, stuck, wrong = runner.score(rollouts("sleep 0.2", "hang", "raise"))
+    assert slow.seconds.keys() == stuck.seconds.keys() == set(runner.names)
+    assert slow.seconds["obeys"] >= 0.2 and stuck.seconds["obeys"] == 1.0
+    assert 3 * slow.seconds["late"] >= 0.02 and slow.seconds["late"] == wrong.seconds["late"], (
+        "an equal share of the call"
+    )
+    assert slow.notes == {"half": "half"} and slow.parts["half"] == 0.5 and slow.seconds["half"] > 0
+    assert stuck.notes["obeys"] == "no answer after 1 s of work"
+    assert wrong.notes["obeys"] == "ValueError: row function raised"

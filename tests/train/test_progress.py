@@ -20,7 +20,9 @@ def shown(terminal, total=100, steps=(1, 2, 5, 100), **options):
             {"loss": 0.25, "reward": 0.5, "completions/mean_length": 31.4, "kl": 0.01234, "tokens_per_second": 1234.5},
         )
         progress.samples(step, [{"prompt": f"2+{step}=", "completion": "[bold]7\x1b[31m\nso 7", "reward": 1.0,
-                                 "parts": {"math": 1.0, "length": None}, "advantage": -0.5, "finish_reason": "length"}])  # fmt: skip
+                                 "parts": {"math": 1.0, "length": None}, "outcomes": {"math": "score", "length": "timeout"},
+                                 "milliseconds": {"math": 0.1234}, "notes": {"math": "read\x1b 7"},
+                                 "advantage": -0.5, "finish_reason": "length"}])  # fmt: skip
     progress.message("hello [x]")
     progress.stop()
     return out.getvalue()
@@ -39,7 +41,7 @@ def test_lines_without_a_terminal():
 def test_the_sample_table_shows_text_as_it_is_and_nothing_that_steers_the_terminal():
     text = shown(False)
     assert "[bold]7 [31m⏎so 7 [cut]" in text and "\x1b" not in text
-    assert "math 1.00" in text and "length -" in text and "-0.50" in text
+    assert "math 1.00, 0.123 ms: read" in text and "length timeout" in text and "-0.50" in text
 
 
 def test_a_terminal_gets_one_live_display():
