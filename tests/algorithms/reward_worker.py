@@ -37,10 +37,13 @@ def gradient(model, out, file, units=None):
         np.savez(file, **gradients, **named, world_size=trainer.backend.world_size)
 
 
-if __name__ == "__main__":
+def main(case, *rest):
     torch.set_num_threads(1)
-    case, *rest = sys.argv[1:]
     if case == "resume":
         resume(*rest)
     else:
         gradient(*rest, units=1 if case == "one_pair" else None)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

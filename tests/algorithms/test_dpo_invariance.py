@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +9,11 @@ import pytest
 import torch
 
 from llmrl.data.packing import empty_pair, unshared
+from tests.algorithms import dpo_worker
 from tests.algorithms.pairs import dpo_trainer, random_pairs, reordered
 from tests.algorithms.recorded import distance, gradients_of_update
+from tests.processes import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5}
 SETTINGS = [
     {"loss_type": "sigmoid", "label_smoothing": 0.1},
@@ -75,13 +73,14 @@ def test_a_pair_drawn_twice_counts_twice(tiny_model_dir, tmp_path):
 
 
 def run(case, model_dir, tmp_path, processes):
+    """One process is this one; the other two are forks."""
     file = tmp_path / f"{processes}.npz"
-    worker = [str(ROOT / "tests/algorithms/dpo_worker.py"), case, model_dir, tmp_path / f"{processes}", file]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *(launch if processes > 1 else []), *map(str, worker)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [case, str(model_dir), str(tmp_path / f"{processes}"), str(file)]
+    if processes == 1:
+        dpo_worker.main(*arguments)
+    else:
+        done = run_script(Path(dpo_worker.__file__), *arguments, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(file))
 
 

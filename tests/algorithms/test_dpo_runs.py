@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +17,11 @@ from llmrl.config.sft import SFTConfig
 from llmrl.errors import DivergenceError
 from llmrl.experience.collect import Group
 from llmrl.types import Completion, Prompt, Rollout, ScoredRollout
+from tests.algorithms import dpo_resume_worker
 from tests.algorithms.test_learning import count_letters, history
+from tests.algorithms.test_resume import whole_and_resumed
 from tests.scorers import PlainScorer
 
-ROOT = Path(__file__).resolve().parents[2]
-CLOCKS = {"step_time", "tokens_per_second"}
 PROMPTS = ("the answer", "is", "because", "three", "times", "four", "twelve", "12")
 
 
@@ -188,27 +184,10 @@ def test_online_dpo_raises_a_countable_reward(tiny_model_dir, tmp_path):
 # resume
 
 
-def run(kind, model, out, kill_at=0):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "tests/algorithms/dpo_resume_worker.py"), kind, model, out, kill_at]
-    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
-
-
-def numbers(out):
-    return [{k: v for k, v in line.items() if k not in CLOCKS and "seconds" not in k} for line in history(out)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "moving", "online"])
 def test_kill_and_resume_is_exact(kind, tiny_model_dir, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = run(kind, tiny_model_dir, whole)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert run(kind, tiny_model_dir, broken, kill_at=8).returncode == -signal.SIGKILL
-    assert not (broken / "model").exists() and (broken / "checkpoints" / "step_00000005").is_dir()
-    done = run(kind, tiny_model_dir, broken)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert numbers(broken) == numbers(whole) and [n["step"] for n in numbers(broken)] == list(range(1, 11))
+    whole, broken = whole_and_resumed(dpo_resume_worker, kind, tiny_model_dir, tmp_path, kill_at=8, saved=5)
     weights = Path("model", "adapter_model.safetensors" if kind == "lora" else "model.safetensors")
     last = Path("checkpoints/step_00000010")
     kept = [weights, last / "optimizer.safetensors"] + [last / "reference.safetensors"] * (kind == "moving")

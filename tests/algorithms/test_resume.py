@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.algorithms import resume_worker
+from tests.processes import run_script
+
 CLOCKS = {"step_time", "tokens_per_second"}
 
 
-def run(kind, model, out, kill_at=0):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        sys.executable,
-        str(ROOT / "tests/algorithms/resume_worker.py"),
-        kind,
-        str(model),
-        str(out),
-        str(kill_at),
-    ]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+def whole_and_resumed(worker, case, model, directory, *, kill_at, saved):
+    """Where a run of this process is, and one that was killed and taken up again, each time in a process of its own."""
+    whole, broken = directory / "whole", directory / "broken"
+    script = Path(worker.__file__)
+    worker.main(case, str(model), str(whole), 0)
+    done = run_script(script, case, model, broken, kill_at)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert not (broken / "model").exists() and (broken / "checkpoints" / f"step_{saved:08}").is_dir()
+    done = run_script(script, case, model, broken, 0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert numbers(broken) == numbers(whole) and [n["step"] for n in numbers(broken)] == list(range(1, 2 * saved + 1))
+    return whole, broken
 
 
 def numbers(out):
@@ -36,14 +36,7 @@ def numbers(out):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 def test_kill_and_resume_is_exact(kind, tiny_model_dir, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = run(kind, tiny_model_dir, whole)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert run(kind, tiny_model_dir, broken, kill_at=8).returncode == -signal.SIGKILL
-    assert not (broken / "model").exists() and (broken / "checkpoints" / "step_00000005").is_dir()
-    done = run(kind, tiny_model_dir, broken)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert numbers(broken) == numbers(whole) and [n["step"] for n in numbers(broken)] == list(range(1, 11))
+    whole, broken = whole_and_resumed(resume_worker, kind, tiny_model_dir, tmp_path, kill_at=8, saved=5)
     weights = "adapter_model.safetensors" if kind == "sft" else "model.safetensors"
     assert (broken / "model" / weights).read_bytes() == (whole / "model" / weights).read_bytes()
     last = Path("checkpoints/step_00000010/optimizer.safetensors")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +14,9 @@ from llmrl.config.reward_model import RewardConfig
 from llmrl.data.packing import unshared
 from llmrl.types import Example
 from tests.algorithms.recorded import distance, gradients_of_update
-from tests.algorithms.test_resume import numbers
+from tests.algorithms.test_resume import whole_and_resumed
+from tests.processes import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -125,25 +121,17 @@ def test_margin_and_soft_label_reach_the_loss(tiny_model_dir, tmp_path, name, va
         assert trainer.update(trainer.examples)["loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def run(case, model, out, last, processes=1):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    worker = [str(ROOT / "tests/algorithms/reward_worker.py"), case, str(model), str(out), str(last)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *(launch if processes > 1 else []), *worker]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["gradient", "one_pair"])
 def test_two_processes_make_the_same_gradient(case, tiny_model_dir, tmp_path):
     """Of one pair the second process has nothing, and runs an empty one."""
-    results = []
-    for processes in (1, 2):
-        file = tmp_path / f"{processes}.npz"
-        done = run(case, tiny_model_dir, tmp_path / f"{processes}", file, processes)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(dict(np.load(file)))
-    one, two = results
+    from tests.algorithms import reward_worker  # which takes a function of this module
+
+    reward_worker.main(case, str(tiny_model_dir), str(tmp_path / "1"), str(tmp_path / "1.npz"))
+    script = Path(reward_worker.__file__)
+    done = run_script(script, case, tiny_model_dir, tmp_path / "2", tmp_path / "2.npz", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (dict(np.load(tmp_path / f"{processes}.npz")) for processes in (1, 2))
     assert one.pop("world_size") == 1 and two.pop("world_size") == 2
     names = [n for n in one if n.startswith("metric/")]
     assert len(names) > 15
@@ -155,13 +143,8 @@ def test_two_processes_make_the_same_gradient(case, tiny_model_dir, tmp_path):
 
 @pytest.mark.slow
 def test_kill_and_resume_is_exact(tiny_model_dir, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = run("resume", tiny_model_dir, whole, 0)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert run("resume", tiny_model_dir, broken, 8).returncode == -signal.SIGKILL
-    assert not (broken / "model").exists() and (broken / "checkpoints" / "step_00000005").is_dir()
-    done = run("resume", tiny_model_dir, broken, 0)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert numbers(broken) == numbers(whole) and [n["step"] for n in numbers(broken)] == list(range(1, 11))
+    from tests.algorithms import reward_worker
+
+    whole, broken = whole_and_resumed(reward_worker, "resume", tiny_model_dir, tmp_path, kill_at=8, saved=5)
     for file in ("model/adapter_model.safetensors", "checkpoints/step_00000010/optimizer.safetensors"):
         assert (broken / file).read_bytes() == (whole / file).read_bytes()

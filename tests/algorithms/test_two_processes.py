@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.algorithms import two_process_worker
 from tests.algorithms.recorded import distance
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_script
 
 
 def run(case, model_dir, tmp_path, processes):
+    """One process is this one; the other two are forks."""
     file = tmp_path / f"{processes}.npz"
-    worker = [
-        str(ROOT / "tests/algorithms/two_process_worker.py"),
-        case,
-        str(model_dir),
-        str(tmp_path / f"{processes}"),
-        str(file),
-    ]
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *launch, *worker], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [case, str(model_dir), str(tmp_path / f"{processes}"), str(file)]
+    if processes == 1:
+        two_process_worker.main(*arguments)
+    else:
+        done = run_script(Path(two_process_worker.__file__), *arguments, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(file))
 
 

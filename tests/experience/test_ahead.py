@@ -22,8 +22,8 @@ from llmrl.experience.ahead import Ahead
 from llmrl.experience.collect import Collector, Experience
 from llmrl.train.collectives import Collectives
 from llmrl.types import Completion, Prompt, Rollout, Sampling, ScoredRollout
+from tests.processes import run_processes
 from tests.scorers import PlainScorer
-from tests.train.toy import run_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 SOON = 5.0  # a bound for what takes milliseconds

@@ -15,7 +15,8 @@ from llmrl.errors import ConfigError, DivergenceError, LLMRLError
 from llmrl.train.backend import Backend
 from llmrl.train.collectives import Collectives, reduce_stats
 from llmrl.train.launch import check_launcher, check_world_size
-from tests.train.toy import Toy, batches_of, empty_batch, run_processes, toy_config, toy_loss
+from tests.processes import run_processes
+from tests.train.toy import Toy, batches_of, empty_batch, toy_config, toy_loss
 
 
 def prepared(out, module=None, total=10, **settings):

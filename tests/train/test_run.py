@@ -21,12 +21,13 @@ from llmrl.config.sft import SFTConfig
 from llmrl.data.sampler import Sampler
 from llmrl.errors import ConfigError, LLMRLError
 from llmrl.train.backend import Backend
-from llmrl.train.checkpoint import CheckpointError
+from llmrl.train.checkpoint import CheckpointError, verify
 from llmrl.train.plot import _PANELS, plot_curves, running_mean
 from llmrl.train.records import read_metrics
 from llmrl.train.resume import HARMLESS, flatten
 from llmrl.train.run import Run
-from tests.train.toy import Toy, empty_batch, run_processes, toy_config, toy_loss
+from tests.processes import run_processes
+from tests.train.toy import Toy, empty_batch, toy_config, toy_loss
 
 ROWS = 13
 
@@ -391,3 +392,57 @@ def test_two_processes_stop_and_continue_together(tmp_path):
     # One process may go on with what two began: the batch is that of the step, not of the process.
     summary = ToyTrainer(out, total_steps=12).train()
     assert summary["step"] == 12 and summary["processes"] == 1
+
+
+def evaluating(scores):
+    """A body that "evaluates" at the steps of `scores`."""
+
+    def body(trainer, step):
+        if step in scores:
+            trainer.run._metrics["eval_accuracy"] = scores[step]
+
+    return body
+
+
+def kept(out):
+    return sorted(p.name for p in (out / "checkpoints").iterdir() if p.is_dir())
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    scores = {1: 0.2, 2: 0.7, 4: 0.7, 6: float("nan"), 8: 0.5}
+    settings = {"metric_for_best_model": "eval_accuracy", "save_steps": 2, "save_total_limit": 1}
+    summary = ToyTrainer(tmp_path, **settings).train(evaluating(scores))
+    best = tmp_path / "checkpoints" / "step_00000002"  # the first of equals
+    assert summary["best"] == {"metric": "eval_accuracy", "value": 0.7, "step": 2, "checkpoint": str(best)}
+    assert kept(tmp_path) == ["step_00000002", "step_00000010"] and not verify(best)
+    # Less is better of a loss, and where it is said.
+    lower = ToyTrainer(tmp_path / "low", **settings, greater_is_better=False).train(evaluating(scores))
+    assert lower["best"]["step"] == 1
+    assert ToyTrainer(tmp_path / "x", metric_for_best_model="eval_loss").run.greater_is_better is False
+
+
+def test_the_best_so_far_survives_a_crash(tmp_path):
+    settings = {"metric_for_best_model": "eval_accuracy", "save_steps": 3, "save_total_limit": 1}
+
+    def crash(trainer, step):
+        evaluating({2: 0.9, 5: 0.4})(trainer, step)
+        if step == 7:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        ToyTrainer(tmp_path, **settings).train(crash)
+    (tmp_path / "checkpoints" / "best").unlink()  # killed between the save and the pointer
+    summary = ToyTrainer(tmp_path, **settings).train(evaluating({8: 0.8}))
+    assert summary["best"]["step"] == 2 and kept(tmp_path) == ["step_00000002", "step_00000010"]
+
+
+def test_a_metric_that_no_evaluation_has_is_said(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="begin with eval_, such as eval_reward"):
+        toy_config(tmp_path, metric_for_best_model="reward")
+    with pytest.raises(ConfigError, match="greater_is_better"):
+        toy_config(tmp_path, greater_is_better=True)
+    summary = ToyTrainer(tmp_path, metric_for_best_model="eval_acuracy").train(evaluating({2: 0.5}))
+    assert "best" not in summary
+    assert "metric_for_best_model eval_acuracy is not a number of this evaluation: eval_accuracy" in " ".join(
+        capsys.readouterr().out.split()
+    )
