@@ -55,6 +55,7 @@ class BoundFunction:
             "checks_gold": self.verifier is not None and self.verifier.check_gold is not None,
             "seconds": None if self.verifier is None else self.verifier.seconds,
             "runs_code": self.verifier is not None and self.verifier.runs_code,
+            "by_row": self.verifier is not None and self.verifier.by_row,
             "is_async": self.is_async,
         }
 

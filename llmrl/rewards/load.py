@@ -38,10 +38,12 @@ BUILTINS: dict[str, str] = {
     "reasoning_steps": "llmrl.rewards.text",
     "json_schema": "llmrl.rewards.structure",
     "sat_assignment": "llmrl.rewards.structure",
+    "knights_and_knaves": "llmrl.rewards.puzzles",
     "diff_similarity": "llmrl.rewards.structure",
     "language_consistency": "llmrl.rewards.language",
     "bleu": "llmrl.rewards.language",
     "chrf": "llmrl.rewards.language",
+    "verifier": "llmrl.rewards.verifier",
 }
 # Names that TRL and open-r1 users bring for the same thing.
 ALIASES: dict[str, str] = {

@@ -126,6 +126,7 @@ class RewardRunner:
         """
         if not self._finalizer.alive:
             raise RewardError("this reward runner is closed; make a new one")
+        self._check_rows(prompts)
         return ScoringSession(
             self._functions,
             self._inline,
@@ -145,6 +146,7 @@ class RewardRunner:
         """
         bad: list[BadGold] = []
         columns = columns_of(prompts)
+        self._check_rows(prompts)
         for function in self._functions:
             accepted = accepted_columns(columns, function.name, function.description) if prompts else {}
             if function.judge is not None:  # of a hybrid, too: the judge may read a reference that the rule can't
@@ -202,7 +204,8 @@ class RewardRunner:
                 raise
             if description["rowwise"]:
                 pool.grow(self._workers)
-        seconds = spec.timeout or description["seconds"] or (ROW_SECONDS if description["rowwise"] else BATCH_SECONDS)
+        own = None if description["by_row"] and not self._allow_code else description["seconds"]  # without code: as any row
+        seconds = spec.timeout or own or (ROW_SECONDS if description["rowwise"] else BATCH_SECONDS)
         return RewardFunction(name, spec.weight, seconds, description, bound if here else None, pool, judge=judge)
 
     def _judged(self, spec: RewardSpec, name: str) -> JudgedReward:
@@ -224,6 +227,13 @@ class RewardRunner:
                 f"reward function {name!r} runs programs that the model wrote, in a sandbox that is no boundary against a determined "
                 "attacker (docs/code.md). If this machine may do that, say `allow_code_execution: true` in the recipe"
             )
+
+    def _check_rows(self, prompts: Sequence[Prompt]) -> None:
+        """What the rows' column `verifier` names must be there, and be allowed."""
+        if any(f.description.get("by_row") for f in self._functions):
+            from llmrl.rewards.verifier import check_rows  # here, since most runs have no mixture
+
+            check_rows(columns_of(prompts), allow_code=self._allow_code)
 
     @staticmethod
     def _start_pool(spec: RewardSpec, name: str) -> WorkerPool:
