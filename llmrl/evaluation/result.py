@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmrl.evaluation.metrics import accuracy_interval, mean_interval, pass_at_k, sample_sizes
+from llmrl.evaluation.also import summary
+from llmrl.evaluation.metrics import accuracy_interval, mean_interval, mean_pass_at_k
 from llmrl.evaluation.votes import format_rate, mean_maj_at_k
 from llmrl.train.files import write_atomically
 
@@ -24,7 +25,7 @@ class EvalResult:
     `rows` has one mapping a problem: id, then lists with an item a sample: correct, rewards, outcomes, answers (what was read out of the
     completion, None for nothing), lengths (tokens; None for completions that came as text), finish, completions, notes (the scorer's);
     then `meta`, the problem's columns that accuracy is broken down by, and `classes` where there was a vote: samples of equal classes gave
-    the same answer. Problems may have different numbers of samples.
+    the same answer, and `also` where the benchmark has further scorers. Problems may have different numbers of samples.
     """
 
     rows: list[dict[str, Any]]
@@ -58,11 +59,7 @@ class EvalResult:
     @property
     def pass_at_k(self) -> dict[int, float]:
         """Over the problems with at least k samples."""
-        found = {}
-        for k in sample_sizes([len(row["correct"]) for row in self.rows]):
-            values = [pass_at_k(len(c), sum(c), k) for c in (row["correct"] for row in self.rows) if len(c) >= k]
-            found[k] = sum(values) / len(values)
-        return found
+        return mean_pass_at_k(self.correct, [len(row["correct"]) for row in self.rows])
 
     @property
     def maj_at_k(self) -> dict[int, float] | None:
@@ -152,6 +149,7 @@ class EvalResult:
             "reward_interval": self.reward_interval and list(self.reward_interval),
             "failures": self.failures,
             "breakdown": self.breakdown,
+            **({"also": also} if (also := summary(self.rows)) else {}),
             "missing": list(self.missing),
             **self.extra,
             "manifest": dict(self.manifest),
@@ -167,8 +165,7 @@ class EvalResult:
 
     @staticmethod
     def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-        n = min(len(row["correct"]) for row in rows)
-        return accuracy_interval([n * sum(row["correct"]) / len(row["correct"]) for row in rows], n)
+        return accuracy_interval([sum(row["correct"]) for row in rows], [len(row["correct"]) for row in rows])
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from llmrl.config.benchmark import AlsoScored
 from llmrl.config.reward import RewardSpec
 from llmrl.errors import DataError, together
+from llmrl.evaluation.also import also_of
 from llmrl.evaluation.journal import Journal
 from llmrl.evaluation.result import EvalResult
 from llmrl.evaluation.votes import Ballot, classes, extract, reads_answers
@@ -53,6 +55,7 @@ def evaluate(
     name: str = "",
     judged_by: RewardSpec | None = None,
     breakdown: Sequence[str] = (),
+    also: Mapping[str, AlsoScored] | None = None,
     cut: Sequence[str] = (),
     journal: Journal | None = None,
     manifest: Mapping[str, Any] | None = None,
@@ -61,8 +64,8 @@ def evaluate(
 
     Every sample is a request of its own, whose randomness is keyed by seed, problem and number: the first samples are the same whatever
     `n` is, and whatever was sampled before. With a `journal` each is written down as it finishes, and those in it are not sampled again.
-    `judged_by` is what `scorer` was made of: with it answers are read out of completions, and put to the vote. `breakdown` names columns.
-    A completion is read up to the first of `cut`.
+    `judged_by` is what `scorer` was made of: with it answers are read out of completions, and put to the vote. `breakdown` names columns;
+    `also` what `scorer` values besides (`also.scorers`). A completion is read up to the first of `cut`.
 
     Several processes give each its own share of the prompts and `gather`, which returns every process's value in rank order;
     all of them get the whole result. `trainer_state` is what reward functions see of a run. Raises DataError when there is no
@@ -81,7 +84,7 @@ def evaluate(
                     scored = scoring.finish()
                 for number, prompt in enumerate(asked):
                     group = [scored[number * n + i] for i in range(n)]
-                    rows.append(row_of(prompt, group, threshold, judged_by, breakdown))
+                    rows.append(row_of(prompt, group, threshold, judged_by, breakdown, also))
         if n > 1 and judged_by is not None and reads_answers(judged_by):
             add_classes(rows, prompts, judged_by)
         return rows
@@ -213,6 +216,7 @@ def row_of(
     threshold: float,
     judged_by: RewardSpec | None = None,
     breakdown: Sequence[str] = (),
+    also: Mapping[str, AlsoScored] | None = None,
 ) -> dict[str, Any]:
     """A problem's row of the result, see `EvalResult`; `judged_by` reads the answers out of the completions."""
     completions = [s.rollout.completion for s in scored]
@@ -226,8 +230,11 @@ def row_of(
         "lengths": [len(c.ids) for c in completions],
         "finish": [c.finish_reason for c in completions],
         "completions": [c.text for c in completions],
-        "notes": ["; ".join(s.notes.values()) or None for s in scored],
+        "notes": [
+            "; ".join(note for name, note in s.notes.items() if name not in (also or {})) or None for s in scored
+        ],
         "meta": {name: prompt.columns.get(name) for name in breakdown},
+        **({"also": also_of(prompt, scored, also)} if also else {}),
     }
 
 

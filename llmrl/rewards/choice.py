@@ -57,8 +57,10 @@ def chosen_letter(completion: str, choices: Any = None) -> str | None:
 
 
 def _texts(choices: Any) -> list[str]:
-    """The choices' texts: a list, or ARC's {"text": [...], "label": [...]}."""
+    """The choices' texts: a list, a list of {"label", "text"}, or ARC's {"text": [...], "label": [...]}."""
     texts = choices.get("text") if isinstance(choices, dict) else choices
+    if isinstance(texts, list | tuple) and all(isinstance(t, dict) for t in texts):
+        texts = [t.get("text") for t in texts]
     return [str(t) for t in texts] if isinstance(texts, list | tuple) else []
 
 
@@ -66,10 +68,13 @@ def _letter(value: Any, choices: Any) -> str | None:
     if value is None:
         return None
     text, texts = str(value).strip()[:2000], _texts(choices)
+    if (lone := re.fullmatch(r"[(\s]*([A-Z])[).:\s]*", text)) and ord(lone[1]) - ord("A") < (len(texts) or 10):
+        return lone[1]  # a letter is a label, also where a choice's text is a letter ("C" for carbon)
     words = normalized(text)
-    for place, choice in enumerate(texts):
-        if words and words == normalized(choice):
-            return chr(ord("A") + place)
+    exact = [place for place, choice in enumerate(texts) if choice.strip() == text]  # first: "Rr" is not "rr"
+    same = [place for place, choice in enumerate(texts) if words and words == normalized(choice)]
+    if exact or same:
+        return chr(ord("A") + (exact or same)[0])
     if (match := _CHOICE.match(text)) is None:
         return None
     letter = match.group(1).upper()
