@@ -13,15 +13,16 @@ from llmrl.functional.boxed import last_boxed as last_boxed  # others take it fr
 
 MAX_BOXES = 64
 MAX_NUMBER = 400  # characters of what is read as a plain number
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?")
+_NUMBER = re.compile(r"[-+]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?")
 _NUMBER_FIRST = re.compile(r"[-+]?\s*[$€£]?\s*(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?")
 _IN_TEXT = re.compile(r"(?<![\w.,])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)?(?:\.\d+)?(?=$|\D)")
 _BETWEEN_BOXES = re.compile(r"(?:[\s,;$.]|\\[()\[\],; ]|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|\\q?quad)*")
+_BETWEEN_GOLD_BOXES = re.compile(r"(?:(?!\bnot?\b)[^.!?\n]){0,40}")
 _MARKER = re.compile(r"(?:(?:final )?answer(?: is)?[*_]*[:：][*_]*|answer is[*_]*|####)", re.IGNORECASE)
 # A word after a number that makes it another number: such an answer is not "a number and its unit".
 _NOT_UNITS = re.compile(
     r"\b(?:pi|sqrt|root|log|ln|exp|sin|cos|tan|theta|percent|half|third|quarter|or|and|to|times|plus|minus|over|mod|squared|cubed"
-    r"|factorial)\b",
+    r"|factorial|more|less|fewer|of|than)\b",
     re.IGNORECASE,
 )
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -53,7 +54,7 @@ def all_boxed(text: str) -> list[str] | None:
     return out
 
 
-def _joined_boxes(text: str) -> str | None:
+def _joined_boxes(text: str, between: re.Pattern[str] = _BETWEEN_BOXES) -> str | None:
     r"""The last boxes of the text as one list, where nothing but commas, "and" and "or" stands between them; None for a single box."""
     last = list(BOX.finditer(text))[-MAX_BOXES:]
     if len(last) < 2:
@@ -67,7 +68,7 @@ def _joined_boxes(text: str) -> str | None:
             return None
         if box.start() < end:
             continue
-        if not _BETWEEN_BOXES.fullmatch(text, end, box.start()) if end >= 0 else False:
+        if not between.fullmatch(text, end, box.start()) if end >= 0 else False:
             run = []
         run.append(content)
         end = opening + len(content) + 2
@@ -113,6 +114,8 @@ def unwrap(answer: str) -> str:
     for _ in range(16):  # bounded, so that a text of nothing but delimiters stays cheap
         before = answer
         for opening, closing in _WRAPS:
+            if opening == "$" and len(answer) > 2 and re.search(r"(?<!\\)\$", answer[1:-1]):
+                continue  # $1$ or $2$
             if len(answer) > len(opening) + len(closing) and answer.startswith(opening) and answer.endswith(closing):
                 answer = answer[len(opening) : len(answer) - len(closing)].strip()
         if answer.endswith(".") and not answer.endswith(r"\."):
@@ -186,7 +189,8 @@ def gold_answer(columns: Mapping[str, Any], column: str | None) -> str:
         )
     text = str(value).strip()
     answer = marked_answer(text) if any(m in text for m in (r"\boxed", r"\fbox", "####", "<answer>", "nswer")) else None
-    answer = unwrap(text if answer is None else answer)
+    # A reference does not hedge: its boxes in one sentence are one answer.
+    answer = unwrap(_joined_boxes(text, _BETWEEN_GOLD_BOXES) or (text if answer is None else answer))
     if not unwrap(answer):
         raise DataError("the reference answer is empty")
     # A worked solution without a mark: parsing all of it as one formula would be slow, and right by accident only.

@@ -14,15 +14,27 @@ from fractions import Fraction
 from typing import Any
 
 from llmrl.errors import DataError
-from llmrl.rewards.answer import all_boxed, final_answer, gold_answer, number_of, number_with_unit, same_text
-from llmrl.rewards.base import row_verifier
+from llmrl.rewards.answer import (
+    all_boxed,
+    final_answer,
+    gold_answer,
+    last_number,
+    number_of,
+    number_with_unit,
+    same_text,
+    unwrap,
+)
+from llmrl.rewards.base import row_verifier, wrong
 from llmrl.rewards.math_equal import equal
 from llmrl.rewards.math_near import near
 from llmrl.rewards.math_parse import Node
-from llmrl.rewards.math_read import Reading, first_answer, reading, spoken_answer
+from llmrl.rewards.math_prose import choice_in, ends_with_words, first_answer, marked_sentence, spoken_answer
+from llmrl.rewards.math_read import Reading, reading
 
 # An answer may be this much longer than its reference; longer ones are no final answers, and slow to parse.
 EXTRA_CHARACTERS = 500
+_FINAL = re.compile(r"final answer(?: is)?:? ", re.IGNORECASE)
+_DECIMAL_COMMA = re.compile(r"[-+]?(?:\d+,(?:\d{1,2}|\d{4,})|0,\d+)")
 
 
 def check_gold(*, column: str | None = None, **columns: Any) -> str | None:
@@ -95,16 +107,15 @@ def math_answer(
         return 1.0
     answer = _answer(completion, gold)
     if answer is None:
-        return 0.0
+        return wrong(None, gold)
     verdict = equivalent(gold, answer)
-    if verdict is False and (boxes := all_boxed(completion)) is not None and len(boxes) > 1:
+    if verdict is False and _is_list(gold) and len(boxes := all_boxed(completion) or []) > 1:
         # Several boxes are a set, wherever they stand; one box among others is no hedge, since only the last is the answer.
-        if _is_list(gold):
-            verdict = equivalent(gold, ", ".join(boxes))
+        verdict = equivalent(gold, ", ".join(boxes))
     absolute = float(columns.get(tolerance) or 0) if tolerance else 0.0
     if not verdict and (rel_tol or absolute):
         verdict = near(gold, answer, relative=rel_tol, absolute=absolute) or verdict
-    return None if verdict is None else float(verdict)
+    return None if verdict is None else 1.0 if verdict else wrong(answer, gold)
 
 
 def _gold(columns: dict[str, Any], column: str | None) -> str:
@@ -118,22 +129,46 @@ def _gold(columns: dict[str, Any], column: str | None) -> str:
 
 def _answer(completion: str, gold: str) -> str | None:
     """The final answer of a completion as a text that can be read, where there is one."""
-    words = reading(gold).words is not None
+    thoughts, _, said = completion.rpartition("</think>")
+    if thoughts and final_answer(said, numeric=False) is not None:
+        completion = said  # what was boxed in thoughts was not said
+    ours = reading(gold)
+    words, numeric = ours.words is not None, number_with_unit(gold) is not None
     marked = final_answer(completion, numeric=False)
-    if marked is not None:
+    if marked is not None and "boxed" in completion:
+        if (later := _after_boxes(completion)) is not None:
+            return later
         if number_of(marked) is not None or len(marked) > 600 or reading(marked).formula:
             return marked
-        if "boxed" in completion:
-            # "The answer is 10" inside a box; what is merely long or odd stays what it is.
-            found = None if words else spoken_answer(re.sub(r"\\text *\{([^{}]*)\}", r"\1", marked))
-        else:
-            found = first_answer(marked, words=words)
+        # "The answer is 10" inside a box; what is merely long or odd stays what it is.
+        found = None if words else spoken_answer(re.sub(r"\\text *\{([^{}]*)\}", r"\1", marked))
+        return found or marked
+    if marked is not None:
+        if number_of(marked) is not None or reading(marked).formula:
+            return marked
+        found, sentence = marked_sentence(marked, words=words)
+        if found is None and numeric:
+            found = last_number(sentence)
         return found or marked
     if r"\boxed" in completion or r"\fbox" in completion:
         return None  # cut off inside its box
-    if (found := spoken_answer(completion, words=words)) is not None:
+    if words and ours.words and ends_with_words(completion, ours.words):
+        return ours.words
+    if (found := spoken_answer(completion, words=words, numeric=numeric)) is not None:
         return found
-    return final_answer(completion, numeric=number_with_unit(gold) is not None)
+    if ours.choice is not None and (letter := choice_in(completion)) is not None:
+        return letter
+    return final_answer(completion, numeric=numeric)
+
+
+def _after_boxes(completion: str) -> str | None:
+    """What "Final answer: ..." after the last box says, where it says a formula: that is the last word."""
+    found = list(_FINAL.finditer(completion, completion.rfind("boxed{") + 1))
+    if not found:
+        return None
+    line = completion[found[-1].end() :].lstrip().split("\n", 1)[0]
+    answer = first_answer(line, near=3)
+    return answer if answer is not None and reading(answer).formula else None
 
 
 def equivalent(gold: str, answer: str) -> bool | None:
@@ -143,6 +178,8 @@ def equivalent(gold: str, answer: str) -> bool | None:
     numbers = number_of(gold), number_of(answer)
     if numbers[0] is not None and numbers[1] is not None:
         return numbers[0] == numbers[1] or _same_decimals(numbers[0], numbers[1], gold, answer)
+    if _decimal_comma(gold, answer) or _decimal_comma(answer, gold):
+        return True
     if len(answer) > len(gold) + EXTRA_CHARACTERS:
         return False
     ours, theirs = reading(gold), reading(answer)
@@ -158,6 +195,16 @@ def equivalent(gold: str, answer: str) -> bool | None:
     return verify_parsed(parsed_gold, answer)
 
 
+def _decimal_comma(written: str, other: str) -> bool:
+    """1,22 for 1.22, where the other side says that it is no list."""
+    text = unwrap(written)
+    return (
+        "." in other
+        and _DECIMAL_COMMA.fullmatch(text) is not None
+        and number_of(text.replace(",", ".")) == number_of(other)
+    )
+
+
 def _same_decimals(gold: Fraction, answer: Fraction, *texts: str) -> bool:
     """Floating point noise: 0.30000000000000004 is 0.3."""
     return any("." in t for t in texts) and abs(gold - answer) <= abs(gold) / 10**9
@@ -167,9 +214,16 @@ def _read_equal(gold: Reading, answer: Reading) -> bool | None:
     """The verdict on two readings; None where one was not understood, or where they can only be compared symbolically."""
     if gold.choice is not None and answer.choice is not None:
         return gold.choice == answer.choice
+    if (
+        gold.choice is not None
+        and gold.choice in "ABCD"
+        and gold.text == gold.choice
+        and answer.text == gold.choice.lower()
+    ):
+        return True
     if gold.words is not None or answer.words is not None:
-        if gold.words is not None and answer.words is not None:
-            return gold.words == answer.words or (bool(gold.whole) and bool(answer.whole))
+        if gold.words is not None and answer.words is not None and not (gold.whole and answer.whole):
+            return gold.words == answer.words
         if not (gold.whole and answer.whole):
             return False if gold.read and answer.read else None
     if not ((gold.whole or gold.bare) and (answer.whole or answer.bare)):

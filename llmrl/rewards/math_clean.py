@@ -15,6 +15,8 @@ _UNICODE = {
     "±": r"\pm ", "∓": r"\mp ", "°": r"^\circ ", "º": r"^\circ ", "∖": r"\setminus ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "∜": r"\sqrt[4] ",
     "≈": r"\approx ", "⟨": r"\langle ", "⟩": r"\rangle ", "′": "'", "’": "'", "：": ":", "，": ",", "（": "(", "）": ")", "。": ".", "∨": r"\lor ",
     "∧": r"\land ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "φ": r"\phi ",
+    "δ": r"\delta ", "ε": r"\epsilon ", "ζ": r"\zeta ", "η": r"\eta ", "κ": r"\kappa ", "ν": r"\nu ", "ξ": r"\xi ", "ρ": r"\rho ", "τ": r"\tau ", "χ": r"\chi ",
+    "ψ": r"\psi ", "Γ": r"\Gamma ", "Λ": r"\Lambda ", "Σ": r"\Sigma ", "Φ": r"\Phi ", "Ψ": r"\Psi ", "Ω": r"\Omega ", "Θ": r"\Theta ", "ℏ": r"\hbar ", "ℓ": r"\ell ",
     "ω": r"\omega ", "Δ": r"\Delta ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ", "∣": "|", "％": "%",
     "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}", "⅛": r"\frac{1}{8}",
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "\u2062": "", "\u2061": "",
@@ -32,20 +34,37 @@ _NAMES = {
     "bullet": "cdot", "lvert": "|", "rvert": "|", "vert": "|", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "vee": "lor",
     "wedge": "land", "colon": ":", "degree": "circ", "infin": "infty", "imath": "i", "minus": "-", "plus": "+", "varphi": "phi", "varepsilon": "epsilon",
     "vartheta": "theta", "smallsetminus": "setminus", "backslash": "setminus", "lang": "langle", "rang": "rangle", "bigcup": "cup", "bigcap": "cap",
-    "bmatrix": "pmatrix", "R": "Reals", "N": "Naturals", "Z": "Integers",
+    "bmatrix": "pmatrix", "sh": "sinh", "ch": "cosh", "th": "tanh", "cth": "coth", "tg": "tan", "ctg": "cot", "arctg": "arctan", "arcctg": "arccot", "R": "Reals", "N": "Naturals", "Z": "Integers",
 }  # fmt: skip
 _COMMAND = re.compile(r"\\(not=|[A-Za-z]+)")
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox|operatorname\*?|emph|mathcal|hbox) *\{([^{}]*)\}"
 )
-_DIGIT_GAPS = re.compile(r"(?<=\d)(?:\{,\}|\{,\\!\}|,\\!|\\!,?|\\,)\s?(?=\d{3}(?!\d))")
+_DIGIT_GAPS = re.compile(r"(?<=\d)(?:\s?\{ ?,(?:\\!)? ?\}|,\\!|\\!,?|\\,)\s?(?=\d{3}(?!\d))")
+# Of a text whose backslashes were escaped once too often.
+_ESCAPED = re.compile(
+    r"(?<!\\)\\\\(?:[dtc]?frac|sqrt|left|right|text|pi|boxed|begin|cdot|times|infty|pm|leq?|geq?|theta|alpha|circ|cup|mathbb)(?![A-Za-z])"
+)
+_PLUS_MINUS = re.compile(r"(?:^|(?<=[\s(=,]))(\+-|-\+)(?=\s)|\b(?<!\\)(plus_?minus|pm)\b|\b(?<!\\)(minus_?plus|mp)\b")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d./])")
+_CALLS = {
+    "sh": r"\sinh ",
+    "ch": r"\cosh ",
+    "th": r"\tanh ",
+    "cth": r"\coth ",
+    "tg": r"\tan ",
+    "ctg": r"\cot ",
+    "arctg": r"\arctan ",
+    "arcctg": r"\arccot ",
+}
 _CONNECTORS = {"or": r" \lor ", "and": r" \land ", "or,": r" \lor ", ",or": r" \lor ", "if": " ", "union": r" \cup "}
 _WORDS = {
     "infinity": r"\infty", "Infinity": r"\infty", "inf": r"\infty", "oo": r"\infty", "union": r"\cup", "intersect": r"\cap", "or": r"\lor", "and": r"\land", "in": r"\in",
-    "times": r"\times", "reals": r"\mathbb{R}", "plusminus": r"\pm", "pm": r"\pm",
+    "times": r"\times", "reals": r"\mathbb{R}",
 }  # fmt: skip
-_WORD = re.compile(r"(?<![A-Za-z\\])(" + "|".join(sorted(_WORDS, key=len, reverse=True)) + r")(?![A-Za-z(])")
+_WORD = re.compile(
+    r"(?<![A-Za-z\\])(" + "|".join(sorted(_WORDS, key=len, reverse=True)) + r")(?![A-Za-z]|(?<![ro][rn]|nd)\()"
+)
 EMPTY = {"no solution", "no solutions", "empty set", "the empty set", "no real solution", "no real solutions", "none", "empty", "nosolution", "there is no solution", "there are no solutions", "has no solution"}  # fmt: skip
 
 _UNITS = {
@@ -82,6 +101,7 @@ def ascii_form(text: str) -> str:
     """Unicode signs, superscripts and subscripts as LaTeX: "2x²≤√3" -> r"2x^{2}\\leq \\sqrt 3"."""
     if text.isascii():
         return text
+    text = re.sub(r"(?<=\d)([cdk]?m)(?=[²³])", r" \1", text)  # 5m², an area
     text = re.sub(r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹⁺ⁿˣ]+", lambda m: "^{" + m[0].replace("⁻", "-").translate(_RAISED) + "}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉ₙ]+", lambda m: "_{" + m[0].translate(_LOWERED) + "}", text)
     return text.translate(_UNICODE_TABLE)
@@ -121,7 +141,9 @@ def _unit_value(unit: str) -> tuple[str, Fraction] | None:
 
 def clean(text: str) -> str:
     """The answer in the small LaTeX that the parser reads. Idempotent but for white space."""
-    text = ascii_form(text)
+    text = ascii_form(text).rstrip("\\")
+    if _ESCAPED.search(text):
+        text = text.replace("\\\\", "\\")
     text = _DIGIT_GAPS.sub("", text)
     text = _SPACES.sub(" ", text)
     text = re.sub(r"\\begin\{array\}\s*\{[^{}]*\}", r"\\begin{array}", text)
@@ -129,8 +151,13 @@ def clean(text: str) -> str:
     text = _COMMAND.sub(lambda m: _command(m[1]), text)
     text = re.sub(r"\\[$%]", lambda m: m[0][1], text)
     text = re.sub(r"(?:US)?\$|€|£|\\pounds|\\euro", " ", text)
-    text = re.sub(r"(?<=\d)\s*(?:percent|per cent)\b", "%", text)
-    text = text.replace("**", "^").replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ").replace("+-", r"\pm ") if not re.search(r"\d!=", text) else text.replace("**", "^")  # fmt: skip
+    text = re.sub(r"(?<=[\d)}])\s*(?:percent(?:age)?|per cent|pct)\b", "%", text)
+    text = re.sub(r"(?<=[\d)}])\s*deg(?:rees?)?\s*$", r"^\\circ ", text)
+    text = _PLUS_MINUS.sub(lambda m: r" \pm " if m[1] == "+-" or m[2] else r" \mp ", text)
+    text = re.sub(r"(?<![A-Za-z])d([a-zA-Z])/d([a-zA-Z])(?![A-Za-z])", r"\\frac{d \1}{d \2}", text)
+    text = re.sub(r"\bMatrix\s*(?=\(\s*\[)", "", text)
+    text = re.sub(r"(?<=\d)\{:\}(?=\d)", ":", text)
+    text = text.replace("**", "^").replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ") if not re.search(r"\d!=", text) else text.replace("**", "^")  # fmt: skip
     text = text.replace("<>", r"\neq ")
     text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
     text = re.sub(r"\{\s*([a-zA-Z])\s*[:|]\s*(?=[^}|]*[<>=])", r"{ \1 \\mid ", text)
@@ -153,6 +180,8 @@ def _text(content: str) -> str:
     words = content.strip(" ~")
     if words.lower() in _CONNECTORS:
         return _CONNECTORS[words.lower()]
+    if words in _CALLS:
+        return _CALLS[words]
     if words == "":
         return " "
     return " " + words + " "

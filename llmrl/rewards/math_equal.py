@@ -8,7 +8,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
+from llmrl.rewards.math_matrix import computed
 from llmrl.rewards.math_parse import Node
 from llmrl.rewards.math_sets import RealSet, real_set, same_set
 from llmrl.rewards.math_value import (
@@ -29,7 +31,7 @@ from llmrl.rewards.math_value import (
 )
 
 MAX_ITEMS = 200
-_SCALARS = {"num", "sym", "const", "add", "mul", "div", "pow", "neg", "pm", "deg", "pct", "fn", "based", "inf"}
+_SCALARS = {"num", "sym", "const", "add", "mul", "div", "pow", "neg", "pm", "deg", "pct", "fn", "based", "inf", "sum"}
 _COLLECTIONS = {"seq", "set", "or", "and"}
 
 
@@ -52,7 +54,7 @@ def _equal(gold: Node, answer: Node) -> bool | None:
         return True
     if (verdict := _sets(gold, answer)) is not None:
         return verdict
-    gold, answer = _expand(gold), _expand(answer)
+    gold, answer = _expand(computed(gold)), _expand(computed(answer))
     kinds = gold[0], answer[0]
     if "matrix" in kinds:
         return _matrices(gold, answer)
@@ -61,7 +63,7 @@ def _equal(gold: Node, answer: Node) -> bool | None:
     if "rel" in kinds or "in" in kinds:
         return _relations(gold, answer) if kinds == ("rel", "rel") else False
     if "ratio" in kinds:
-        return kinds == ("ratio", "ratio") and _all_equal(gold[1], answer[1])
+        return _ratios(gold, answer)
     if "based" in kinds:
         return kinds == ("based", "based") and gold[1:] == answer[1:]
     if kinds[0] in _SCALARS and kinds[1] in _SCALARS:
@@ -77,7 +79,8 @@ def _named(gold: Node, answer: Node) -> tuple[Node, Node]:
     r"""Without the names that only one side gives: of "x = 5" and "5", of "f(x) = 2x" and "2x", of "x \in [0, 1]" and "[0, 1]"."""
     names = _name(gold), _name(answer)
     if names[0] is not None and names[1] is not None:
-        if names[0] == names[1]:
+        # f(x) = 2x + 3 is also the graph y = 2x + 3.
+        if names[0] == names[1] or (("sym", "y") in names and any(_is_call(n) for n in names)):
             return _value(gold), _value(answer)
         return gold, answer
     if names[0] is not None and answer[0] not in ("rel", "in"):
@@ -88,6 +91,8 @@ def _named(gold: Node, answer: Node) -> tuple[Node, Node]:
         answer = answer[1][-1]
     elif answer[0] not in ("rel", "in") and gold[0] == "rel" and _chain(gold):
         gold = gold[1][-1]
+    elif gold[0] == "num" and answer[0] == "rel" and _is_total(answer):
+        answer = answer[1][-1]
     return gold, answer
 
 
@@ -106,6 +111,17 @@ def _bound(node: Node, other: Node) -> Node:
     if node[0] == "seq" and node[1][-1][0] == "in" and node[1][-1][2][0] == "all" and not has(other, "in"):
         return node[1][0] if len(node[1]) == 2 else ("seq", node[1][:-1])
     return node
+
+
+def _is_call(node: Node | None) -> bool:
+    """f(x), which reads as the product of two symbols."""
+    return node is not None and node[0] == "mul" and node[1][0] == node[2][0] == "sym" and node[2][1] == "x"
+
+
+def _is_total(node: Node) -> bool:
+    """m + n = 145: a question's sum of unknowns. Of an answer only: as a reference it is an equation."""
+    left = node[1][0]
+    return set(node[2]) == {"="} and not symbols(node[1][-1]) and left[0] == "add" and all(n[0] in ("add", "sym", "mul") for n in walk(left))  # fmt: skip
 
 
 def _chain(node: Node) -> bool:
@@ -141,6 +157,8 @@ def _is_name(node: Node) -> bool:
         return all(_is_name(n) for n in node[1:])
     if kind == "tuple":
         return all(_is_name(n) for n in node[3])
+    if kind == "ratio":
+        return all(_is_name(n) for n in node[1])
     return (
         kind == "fn"
         and node[1] in ("abs", "sin", "cos", "tan", "max", "min", "det", "Re", "Im")
@@ -155,7 +173,7 @@ def _value(node: Node) -> Node:
 def _sets(gold: Node, answer: Node) -> bool | None:
     """The verdict on sets of reals, where one side can be nothing else; None otherwise."""
     sets = real_set(gold), real_set(answer)
-    if sets[0] is None and sets[1] is None:
+    if (sets[0] is None and sets[1] is None) or "matrix" in (gold[0], answer[0]):
         return None
     certain = [s is not None and s.certain for s in sets]
     if not any(certain):
@@ -184,23 +202,26 @@ def _expand(node: Node) -> Node:
         if items and all(i[0] == "rel" for i in items):
             names = [_name(i) for i in items]
             if None not in names and len(set(names)) == 1:
-                return (node[0], tuple(_value(i) for i in items))
+                return _expand((node[0], tuple(_value(i) for i in items)))
             if None not in names and len(set(names)) == len(names):
                 return ("tuple", "(", ")", tuple(_value(i) for i in items), tuple(names))
         if items and items[0][0] == "rel" and _name(items[0]) is not None and all(i[0] in _SCALARS for i in items[1:]):
-            return (node[0], (_value(items[0]), *items[1:]))  # x = 1, 2
+            return _expand((node[0], (_value(items[0]), *items[1:])))  # x = 1, 2
         if any(has(i, "pm") for i in items):
             spread = [e for i in items for e in _both(i)]
             return (node[0], tuple(spread))
         return node
     if node[0] == "rel" and has(node, "pm") and _name(node) is not None:
         return ("set", tuple(("rel", (node[1][0], e), ("=",)) for e in _both(node[1][-1])))
-    if node[0] in _SCALARS and has(node, "pm"):
+    if node[0] in (*_SCALARS, "tuple") and has(node, "pm"):
         return ("set", tuple(_both(node)))
     return node
 
 
 def _both(node: Node) -> list[Node]:
+    """The two that plus-or-minus stands for; in a pair, the same sign is meant throughout."""
+    if node[0] == "tuple" and has(node, "pm"):
+        return [(*node[:3], tuple(_signed(i, sign) for i in node[3]), *node[4:]) for sign in (1, -1)]
     if node[0] not in _SCALARS or not has(node, "pm"):
         return [node]
     return [_signed(node, 1), _signed(node, -1)]
@@ -290,6 +311,14 @@ def _same_elements(gold: Sequence[Node], answer: Sequence[Node], *, pairs: bool 
     return not left
 
 
+def _ratios(gold: Node, answer: Node) -> bool:
+    """A ratio of two numbers is also their quotient."""
+    if gold[0] == answer[0]:
+        return _all_equal(gold[1], answer[1])  # unscaled: 2:10 can be a time, which 1:05 is not
+    ratio, other = (gold, answer) if gold[0] == "ratio" else (answer, gold)
+    return len(ratio[1]) == 2 and other[0] in _SCALARS and equal(("div", *ratio[1]), other) is True
+
+
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 
@@ -355,6 +384,8 @@ def _ratio(a: Value, b: Value) -> Value:
 
 def _points_for(*nodes: Node, real_i: bool = False) -> list[Point]:
     """Symbols are positive, as under roots; where a bar or a sign function tells positive from negative, they are both."""
+    if any(has(n, "sum") for n in nodes):
+        return [Point(i, real_i=real_i, whole=True) for i in range(4)]
     free = frozenset().union(*(symbols(n) for n in nodes))
     if not free and not real_i:
         return [Point(0)]
@@ -374,9 +405,19 @@ def _scalars(gold: Node, answer: Node) -> bool | None:
         return True
     if any(has(n, "deg") for n in (gold, answer)) and _degrees(gold, answer):
         return True
+    e = ("const", "e"), ("sym", "E")
+    for capital, small in ((gold, answer), (answer, gold)):
+        if has(capital, *e[1]) and has(small, *e[0]) and not has(small, *e[1]) and not has(capital, *e[0]):
+            return _agree(_replaced(gold, e[1], e[0]), _replaced(answer, e[1], e[0]), points)
     if has(gold, "fn", "log") or has(answer, "fn", "log"):
         return _agree(gold, answer, [Point(p.number, negative=p.negative, log10=True) for p in points])
     return False
+
+
+def _replaced(node: Any, old: Node, new: Node) -> Any:
+    if node == old:
+        return new
+    return tuple(_replaced(n, old, new) for n in node) if isinstance(node, tuple) else node
 
 
 def _agree(gold: Node, answer: Node, points: Sequence[Point]) -> bool:

@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from llmrl.rewards.math_calls import big_operator, call
 from llmrl.rewards.math_names import ALIASES, DECORATIONS, FUNCTIONS, GREEK
 from llmrl.rewards.math_parse import Node, NotRead
 
@@ -61,8 +62,10 @@ def command(p: _Parser, token: str) -> Node:
         return p.single()
     if name == "operatorname":
         raise NotRead("an unknown operator")
-    if name in FUNCTIONS:
-        return p.function(ALIASES.get(name, name))
+    if name in ("sum", "prod"):
+        return big_operator(p, name)
+    if name in FUNCTIONS or (name == "Gamma" and p.special and p.peek() == "("):
+        return call(p, ALIASES.get(name, name))
     if name in GREEK:
         return p.subscripted(("sym", name))
     if name in DECORATIONS:

@@ -17,6 +17,7 @@ from typing import Any
 
 from llmrl.rewards.math_names import (
     ALIASES,
+    CALLED,
     CLOSERS,
     FUNCTIONS,
     GREEK,
@@ -24,6 +25,7 @@ from llmrl.rewards.math_names import (
     PLUS,
     RELATIONS,
     SETS,
+    SPECIAL,
     STOPS,
     is_word,
 )
@@ -31,7 +33,7 @@ from llmrl.rewards.math_names import (
 Node = tuple[Any, ...]
 MAX_CHARACTERS, MAX_DEPTH = 2_000, 60
 
-_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+")
+_NUMBER = re.compile(r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+")
 _PLAIN_NUMBER = re.compile(r"\d+(?:\.\d*)?|\.\d+")
 _EXPONENT = re.compile(r"[eE]([+-]?\d{1,4})(?![\d.A-Za-z])")
 
@@ -40,14 +42,17 @@ class NotRead(Exception):
     """The text is no answer that this parser knows."""
 
 
-def parse(text: str, *, thousands: bool = True) -> Node:
-    """The tree of a cleaned text (`math_clean.clean`). `thousands`: "1,234" outside brackets is one number.
+def parse(text: str, *, thousands: bool = True, special: bool = False, nested: bool = False) -> Node:
+    """The tree of a cleaned text (`math_clean.clean`). Three signs can be read in two ways.
+
+    thousands: "1,234" outside brackets is one number. special: gamma(5) and the like are functions, and no products. nested: of the
+    bars in "|x+b|y||", those before a letter or a digit open.
 
     Raises NotRead. Time is linear in the text but for a constant of the nesting, which is bounded.
     """
     if len(text) > MAX_CHARACTERS:
         raise NotRead("too long")
-    parser = _Parser(text, thousands)
+    parser = _Parser(text, thousands, special, nested)
     node = parser.answer()
     if parser.peek():
         raise NotRead(f"stopped at {parser.peek()!r}")
@@ -55,8 +60,8 @@ def parse(text: str, *, thousands: bool = True) -> Node:
 
 
 class _Parser:
-    def __init__(self, text: str, thousands: bool) -> None:
-        self.s, self.i, self.thousands = text, 0, thousands
+    def __init__(self, text: str, thousands: bool, special: bool, nested: bool) -> None:
+        self.s, self.i, self.thousands, self.special, self.nested = text, 0, thousands, special, nested
         self.depth = self.brackets = self.bars = 0
 
     def peek(self) -> str:
@@ -96,15 +101,13 @@ class _Parser:
                 break
             items.append(self.conjunction())
         self.depth -= 1
-        return items[0] if len(items) == 1 else ("or", tuple(items))
+        return items[0] if len(items) == 1 else _list("or", items)
 
     def conjunction(self) -> Node:
         items = [self.sequence()]
         while self.take(r"\land"):
             items.append(self.sequence())
-        if len(items) > 1 and any(i[0] == "seq" for i in items):  # "1, 2 and 3"
-            return ("seq", tuple(e for i in items for e in (i[1] if i[0] == "seq" else (i,))))
-        return items[0] if len(items) == 1 else ("and", tuple(items))
+        return items[0] if len(items) == 1 else _list("and", items)
 
     def sequence(self) -> Node:
         items = [self.relation()]
@@ -203,7 +206,7 @@ class _Parser:
         if token[0] == "\\":
             return token not in STOPS
         if token == "|":
-            return self.bars == 0
+            return self.bars == 0 or (self.nested and bool(re.match(r"[\w(\\]", self.s[self.i + 1 : self.i + 2])))
         return token.isalnum() or token in "([{."
 
     def signed(self) -> Node:
@@ -260,6 +263,8 @@ class _Parser:
             node = ("neg", inner) if token == "-" else inner
         else:
             node = self.atom()
+            if token != "{":
+                node = self.postfix(node)  # 2^4! is 2^(4!)
             if self.take("^"):
                 node = ("pow", node, self.exponent())
         self.depth -= 1
@@ -352,7 +357,7 @@ class _Parser:
         closing = self.expect(*CLOSERS[token])
         self.brackets -= 1
         self.bars = bars
-        if inner[0] == "seq":
+        if inner[0] == "seq" or (inner[0] == "or" and self.s[self.i - 1] in ")]" and ";" in self.s):  # (1; 2)
             return ("tuple", "(" if token == r"\langle" else token, ")" if closing == r"\rangle" else closing, inner[1])
         if token == "[" and inner[0] == "tuple":
             return ("tuple", "[", "]", (inner,))
@@ -382,8 +387,13 @@ class _Parser:
         """A run of letters: names of functions and constants in it are found, the rest are symbols of one letter each."""
         run = re.compile(r"[A-Za-z]+").match(self.s, self.i)
         assert run is not None
-        if not self.s[: self.i][-1:].isalpha() and is_word(run[0]):
+        before, after = self.s[: self.i][-1:], self.s[run.end() : run.end() + 1]
+        alone = before in ("", " ") and after in ("", " ", ",", ".")
+        if not before.isalpha() and is_word(run[0], alone=alone):
             raise NotRead(f"the word {run[0]!r}")
+        if after == "(" and (run[0] in CALLED or (self.special and run[0] in SPECIAL)):
+            self.i += len(run[0])
+            return self.named(run[0])
         if run[0] in GREEK:
             self.i += len(run[0])
             return self.subscripted(("sym", run[0]))
@@ -397,9 +407,11 @@ class _Parser:
     def named(self, name: str) -> Node:
         if name == "pi":
             return ("const", "pi")
-        if name not in FUNCTIONS:
+        if name not in FUNCTIONS and name not in CALLED and not (self.special and name in SPECIAL):
             return self.subscripted(("sym", name))
-        return self.function(ALIASES.get(name, name))
+        from llmrl.rewards.math_calls import call
+
+        return call(self, ALIASES.get(name, name))
 
     def subscripted(self, node: Node) -> Node:
         """Subscripts are part of a name; nothing is computed in them."""
@@ -408,57 +420,6 @@ class _Parser:
             return node
         self.i = found.end()
         return ("sym", node[1] + "_" + re.sub(r"[\s{}]|\\text", "", found[1] or found[2]))
-
-    def function(self, name: str) -> Node:
-        """A function's name has been read: its base or power, and its argument, in brackets or not."""
-        base: Node | None = None
-        power: Node | None = None
-        for _ in range(2):
-            if name == "log" and self.take("_"):
-                base = self.single()
-            elif self.take("^"):
-                power = self.exponent()
-        found = re.compile(r"(10|2)\(").match(self.s, self.i) if name == "log" and base is None else None
-        if found:
-            base = ("num", Fraction(int(found[1])), None)
-            self.i += len(found[1])
-        args = self.arguments(name)
-        if name == "log10":
-            name, base = "log", ("num", Fraction(10), None)
-        if name == "sqrt":
-            node: Node = ("pow", args[0], _fraction(1, 2))
-        elif name == "cbrt":
-            node = ("pow", args[0], _fraction(1, 3))
-        elif name == "exp":
-            node = ("pow", ("const", "e"), args[0])
-        elif name == "log" and base is not None:
-            node = ("div", ("fn", "ln", args[:1]), ("fn", "ln", (base,)))
-        elif power == ("neg", ("num", Fraction(1), None)) and "arc" + name in FUNCTIONS:
-            return ("fn", "arc" + name, args)
-        else:
-            node = ("fn", name, args)
-        return node if power is None else ("pow", node, power)
-
-    def arguments(self, name: str) -> tuple[Node, ...]:
-        token = self.peek()
-        if token in ("(", "[", "{", r"\{"):
-            inner = self.bracketed(token) if token in "([" else self.braces(token, call=True)
-            if inner[0] in ("tuple", "set"):
-                return tuple(inner[-1])
-            return (inner,)
-        if name in ("sqrt", "cbrt"):
-            return (self.atom(),)
-        if token in PLUS[:2]:
-            self.i += 1
-            inner = self.power()
-            return (("neg", inner) if token == "-" else inner,)
-        node = self.power()
-        while self.starts_atom(self.peek()) and self.peek() not in ("(", "[", "|") and not self.at_function():
-            node = ("mul", node, self.power())
-        return (node,)
-
-    def at_function(self) -> bool:
-        return re.compile(r"\\?(?:" + "|".join(FUNCTIONS) + ")").match(self.s, self.i) is not None
 
     def single(self) -> Node:
         """A LaTeX argument: a group, or one character."""
@@ -469,6 +430,13 @@ class _Parser:
             self.i += 1
             return ("num", Fraction(int(token)), None)
         return self.atom()
+
+
+def _list(kind: str, items: list[Node]) -> Node:
+    """Items joined by "or" or "and"; with commas among them, "1, 2 and 3", a sequence."""
+    if any(i[0] == "seq" and all(e[0] not in ("rel", "in") for e in i[1]) for i in items):
+        return ("seq", tuple(e for i in items for e in (i[1] if i[0] == "seq" else (i,))))
+    return (kind, tuple(items))
 
 
 def _fraction(p: int, q: int) -> Node:

@@ -1,15 +1,17 @@
-r"""What an answer says: found in prose, freed of its unit, and parsed; or a word, or the letter of a choice."""
+r"""What an answer says: freed of its unit, and parsed; or a word, or the letter of a choice."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from llmrl.rewards.answer import last_boxed, number_with_unit, unwrap
+from llmrl.rewards.answer import number_with_unit, unwrap
 from llmrl.rewards.math_clean import EMPTY, ascii_form, clean, split_unit
 from llmrl.rewards.math_parse import MAX_CHARACTERS, Node, NotRead, parse
+from llmrl.rewards.math_words import number_in_words, time_of_day
 
 _CHOICE = re.compile(r"\(\s*([A-Ja-j])\s*\)\.?|([A-J])\s*[.):]?")
 _CHOICE_FIRST = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[.):])\s+\S")
@@ -22,18 +24,8 @@ _FORMULA_WORDS = re.compile(
 )
 _NOT_THERE = {"dne", "does not exist", "doesn't exist", "the limit does not exist", "limit does not exist"}
 _REALS = {"all real numbers", "all reals", "real numbers", "the real numbers", "all real x", "all real values"}
-_TIME = re.compile(r"(\d{1,2}:\d{2})\s*([ap])\.?\s?m\.?", re.IGNORECASE)
+_SPECIAL = re.compile(r"(?:[gG]amma|zeta|beta) ?\(")
 _UNDEFINED = {"undefined", "not defined", "is undefined"}
-MAX_TAILS = 8
-_JOIN = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
-_SEGMENT = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_TAIL = re.compile(
-    r"(?:\b(?:is|are|equals?|get|gets|gives?|have|be|becomes?|obtain|obtained|yields?|find|found|answer|result|solution|value|total|thus|therefore|so|hence|conclude|choose|pick|option|simplifies to|reduces to|equal to|then)\b[:,]?|:|=|⇒|→)\s+",
-    re.IGNORECASE,
-)
-_CUT = re.compile(
-    r"\.\s|[,;]\s(?=(?:and )?(?!and\b|or\b)[a-z]{2,}\b)|\s(?:because|since|where|which|when|as|after|with|that|by|if|assuming|provided)\b|\n| \(|\s(?:is|are) (?:the|our|my)\b",
-)
 
 
 @dataclass(frozen=True)
@@ -69,11 +61,13 @@ def reading(text: str) -> Reading:
             return Reading(text, whole=(("all", "R"),), words=words)
         if words in EMPTY:
             return Reading(text, whole=(("empty",),), words=words)
+        if (number := number_in_words(words)) is not None:
+            return Reading(text, whole=(("num", number, None),), words=words)
         return Reading(
             text, words="dne" if words in _NOT_THERE else "undefined" if words in _UNDEFINED else words, choice=choice
         )
-    if time := _TIME.fullmatch(re.sub(r"\\ |~", " ", _STYLE.sub(r" \1 ", text)).strip()):
-        return Reading(text, words=f"{time[1]} {time[2]}m".lower())
+    if time := time_of_day(re.sub(r"\\ |~", " ", _STYLE.sub(r" \1 ", text))):
+        return Reading(text, whole=(("ratio", tuple(("num", Fraction(t), None) for t in time)),))
     body, unit = split_unit(ascii_form(text))
     whole = _trees(text)
     bare = _trees(body) if body != ascii_form(text) else whole
@@ -85,17 +79,25 @@ def reading(text: str) -> Reading:
 def _trees(text: str) -> tuple[Node, ...]:
     cleaned = clean(text).rstrip(" .,;")
     out: list[Node] = []
-    for thousands in (True, False):
+    ways: list[tuple[str, dict[str, bool]]] = [(cleaned, {})]
+    if re.search(r"\d,\d{3}(?!\d)", cleaned):
+        ways.append((cleaned, {"thousands": False}))
+    if _SPECIAL.search(cleaned):
+        ways.append((cleaned, {"special": True}))
+    if "+-" in cleaned:
+        ways.append((cleaned.replace("+-", r"\pm "), {}))
+    for way, options in ways:
         try:
-            tree = parse(cleaned, thousands=thousands)
+            tree = parse(way, **options)
         except NotRead:
             continue
         except RecursionError:
             return ()
         if tree not in out:
             out.append(tree)
-        if not re.search(r"\d,\d{3}(?!\d)", cleaned):
-            break
+    if not out and 4 <= cleaned.count("|") <= 20:
+        with contextlib.suppress(NotRead, RecursionError):
+            out.append(parse(cleaned, nested=True))
     return tuple(out)
 
 
@@ -129,61 +131,3 @@ def _mixed_words(text: str) -> str | None:
     if len(plain) > 300 or re.search(r"[\\^_{}$=<>|]", plain) or not re.search(r"[A-Za-z]{4,}|[ap]\.?m\b", plain):
         return None
     return re.sub(r"[\s.,]+", " ", plain).strip().lower()
-
-
-def spoken_answer(text: str, *, words: bool = False) -> str | None:
-    r"""The answer of a text that marks none: the whole text if it is a formula, else its last `$...$`, else what its last sentence ends with.
-
-    words: the answer can be words, in which case the last of a sentence are taken for it.
-
-    Example: spoken_answer("We add them, so x = 3/4.") -> "x = 3/4"
-    """
-    text = text.strip()
-    whole = reading(text) if len(text) <= 600 else None
-    if whole is not None and (whole.formula or whole.choice):
-        return text
-    if (segments := _last_segments(text[-4000:])) is not None:
-        return segments
-    last = text[-600:].rstrip().rsplit("\n", 1)[-1]
-    ends = [last[m.end() :] for m in reversed(list(_TAIL.finditer(last)))][:MAX_TAILS]
-    for short in [False, True] if words else [False]:
-        for end in ends:
-            if (found := first_answer(end, words=short)) is not None:
-                return found
-    if (found := first_answer(last)) is not None:
-        return found
-    return text if words and whole is not None and whole.words is not None else None
-
-
-def _last_segments(text: str) -> str | None:
-    r"""The last `$...$` of a text, with those that only commas, "and" or "or" part from it."""
-    out: list[str] = []
-    start = -1
-    for segment in reversed(list(_SEGMENT.finditer(text))):
-        if out and not _JOIN.fullmatch(text, segment.end(), start):
-            break
-        out.insert(0, next(g for g in segment.groups() if g is not None))
-        start = segment.start()
-    return ", ".join(out) if out else None
-
-
-def first_answer(line: str, *, words: bool = False) -> str | None:
-    r"""What a line begins with: all of it if it reads, its first `$...$`, or what comes before the first clause of words; None otherwise."""
-    line = line.strip().rstrip(".")
-    if len(line) > MAX_CHARACTERS:
-        return None
-    now = reading(line)
-    if now.formula or now.choice or (words and now.words and len(now.words.split()) <= 3):
-        return line
-    boxed = last_boxed(line)
-    if boxed is not None:
-        return boxed
-    segment = _SEGMENT.search(line)
-    if segment is not None and segment.start() < 30:
-        return next(g for g in segment.groups() if g is not None)
-    cut = _CUT.search(line)
-    if cut is not None and cut.start():
-        head = reading(line[: cut.start()].strip())
-        if head.formula or head.choice:
-            return head.text
-    return None

@@ -123,7 +123,9 @@ def _relation(node: Node) -> RealSet | None:
     sides, signs = node[1], node[2]
     if len(sides) == 2 and (found := _distance(sides, signs[0])) is not None:
         return found
-    names = [i for i, s in enumerate(sides) if s[0] == "sym"]
+    if len(sides) == 3 and (found := _ring(sides, signs)) is not None:
+        return found
+    names = [i for i, s in enumerate(sides) if s[0] == "sym" or (len(sides) == 3 and i == 1 and _is_call(s))]
     if len(names) != 1:
         names = [
             i
@@ -133,7 +135,7 @@ def _relation(node: Node) -> RealSet | None:
     if len(names) != 1 or len(sides) > 3 or (len(sides) == 3 and names[0] != 1):
         return None
     at = names[0]
-    name = sides[at][1]
+    name = sides[at][1] if sides[at][0] == "sym" else None
     if any(name in symbols(s) for i, s in enumerate(sides) if i != at):
         return None
     pieces: RealSet = RealSet(((_infinity(-1), _infinity(1)),))
@@ -141,6 +143,21 @@ def _relation(node: Node) -> RealSet | None:
         other, flip = (sides[i], True) if i + 1 == at else (sides[i + 1], False)
         pieces = _intersection(pieces, _ray(other, _flip(sign) if flip else sign))
     return replace(pieces, name=name, certain=set(signs) != {"="})
+
+
+def _is_call(node: Node) -> bool:
+    """f(x) in 0 < f(x) < 1."""
+    return node[0] == "mul" and node[1][0] == node[2][0] == "sym"
+
+
+def _ring(sides: Sequence[Node], signs: Sequence[str]) -> RealSet | None:
+    """1 <= |x| < 2."""
+    if sides[1][:2] != ("fn", "abs"):
+        return None
+    parts = [_distance((sides[1], sides[2]), signs[1]), _distance((sides[1], sides[0]), _flip(signs[0]))]
+    if parts[0] is None or parts[1] is None:
+        return None
+    return _intersection(parts[0], parts[1])
 
 
 def _distance(sides: Sequence[Node], sign: str) -> RealSet | None:

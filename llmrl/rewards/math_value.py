@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
@@ -15,6 +16,7 @@ from llmrl.rewards.math_parse import Node
 Value = Any  # Fraction, mpf or mpc
 _BITS = 220
 SHOWN_DIGITS = 10**4  # five significant digits
+MAX_SUM = 500  # terms
 _MAX_BITS = int(MAX_DIGITS * 3.33)
 
 
@@ -40,19 +42,27 @@ class Point:
     """Where symbols are evaluated: at values that depend on their names and `number` alone, so that both sides see the same.
 
     negative: symbols may be below 0. log10: `log` without a base is the decimal one. real_i: i and I are symbols, not the imaginary
-    unit. fixed: values of some symbols.
+    unit. whole: symbols are integers from 2 to 11, as the ends of sums must be. fixed: values of some symbols.
     """
 
     def __init__(
-        self, number: int, *, negative: bool = False, log10: bool = False, real_i: bool = False, fixed: Mapping[str, Value] | None = None,
+        self, number: int, *, negative: bool = False, log10: bool = False, real_i: bool = False, whole: bool = False,
+        fixed: Mapping[str, Value] | None = None,
     ) -> None:  # fmt: skip
-        self.number, self.negative, self.log10, self.real_i, self.fixed = number, negative, log10, real_i, fixed or {}
+        self.number, self.negative, self.log10, self.real_i, self.whole = number, negative, log10, real_i, whole
+        self.fixed = fixed or {}
+
+    def with_fixed(self, name: str, value: Value) -> Point:
+        """The same point but for one symbol."""
+        return Point(self.number, negative=self.negative, log10=self.log10, real_i=self.real_i, whole=self.whole, fixed={**self.fixed, name: value})  # fmt: skip
 
     def value(self, name: str) -> Value:
         """The symbol's value: a fraction between 0.03 and 2.6, or minus that."""
         if name in self.fixed:
             return self.fixed[name]
         digest = hashlib.blake2b(f"{self.number}:{name}".encode(), digest_size=6).digest()
+        if self.whole:
+            return Fraction(int.from_bytes(digest, "big") % 10 + 2)
         size = Fraction(int.from_bytes(digest, "big") % 9973 + 137, 4001)
         return -size if self.negative and digest[0] % 2 else size
 
@@ -94,6 +104,8 @@ def _evaluate(node: Node, at: Point) -> Value:
         return _combine(_evaluate(node[1], at), context().pi / 180, lambda x, y: x * y)
     if kind == "fn":
         return _call(node[1], [_evaluate(a, at) for a in node[2]], at)
+    if kind == "sum":
+        return _sum(node, at)
     if kind == "based":
         if node[2] < 2 or any(int(d) >= node[2] for d in node[1]):
             raise NoValue("no such digits in this base")
@@ -103,11 +115,28 @@ def _evaluate(node: Node, at: Point) -> Value:
     raise NoValue(f"a {kind} is no number")
 
 
+def _sum(node: Node, at: Point) -> Value:
+    """Of at most MAX_SUM terms."""
+    _, kind, variable, start, end, term = node
+    first, last = _evaluate(start, at), _evaluate(end, at)
+    if not all(isinstance(v, Fraction) and v.denominator == 1 for v in (first, last)):
+        raise NoValue("the ends of the sum are no integers")
+    if last - first > MAX_SUM:
+        raise NoValue("too many terms")
+    total: Value = Fraction(0 if kind == "sum" else 1)
+    for k in range(int(first), int(last) + 1):
+        value = _evaluate(term, at.with_fixed(variable[1], Fraction(k)))
+        total = _bounded(_combine(total, value, operator.add if kind == "sum" else operator.mul))
+    return total
+
+
 def _no_value() -> Value:
     raise NoValue("no number")
 
 
 def _constant(name: str, at: Point) -> Value:
+    if name in at.fixed:  # the index of a sum
+        return at.fixed[name]
     if name in "iI":
         return at.value("i") if at.real_i else context().mpc(0, 1)
     return +context().pi if name == "pi" else +context().e
@@ -211,7 +240,7 @@ _ANALYTIC = {
 }  # fmt: skip
 _INVERSE = {
     "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "arcsinh": "asinh",
-    "arccosh": "acosh", "arctanh": "atanh",
+    "arccosh": "acosh", "arctanh": "atanh", "arccoth": "acoth", "arcsech": "asech", "arccsch": "acsch",
 }  # fmt: skip
 
 
@@ -229,11 +258,17 @@ def _call(name: str, args: list[Value], at: Point) -> Value:
         return _binomial(*args)
     if name == "log" and len(args) == 2:
         return mp.log(_mp(args[0])) / mp.log(_mp(args[1]))
+    if name == "arctan2" and len(args) == 2:
+        return mp.atan2(_mp(args[0]), _mp(args[1]))
+    if name == "beta" and len(args) == 2 and max(map(_log2, args)) < 10:
+        return mp.beta(_mp(args[0]), _mp(args[1]))
     if len(args) != 1:
         raise NoValue("not this many arguments")
     value = args[0]
     if name == "factorial":
         return _factorial(value)
+    if name in ("gamma", "Gamma"):
+        return _factorial(_combine(value, Fraction(1), operator.sub))
     if name == "factorial2":
         if not isinstance(value, Fraction):
             raise NoValue("not an integer")
@@ -263,6 +298,10 @@ def _call(name: str, args: list[Value], at: Point) -> Value:
         if _log2(number) > 40 or (name.endswith("h") and name in _ANALYTIC and _log2(number) > 13):
             raise TooLarge("too large an argument")
         return getattr(mp, _INVERSE.get(name, name))(number)
+    if name == "sinc":
+        return mp.sinc(number)
+    if name == "zeta" and number.imag == 0 and 1 < number.real < 1000:
+        return mp.zeta(number)
     if name == "cis":
         return mp.cos(number) + mp.mpc(0, 1) * mp.sin(number)
     if name in ("Re", "Im"):
@@ -338,5 +377,6 @@ def rounded(shown: tuple[Fraction, int], value: Value) -> bool:
             return False
         value = value.real
     digits = abs(shown[0]) * Fraction(10) ** shown[1]
-    difference = abs(_mp(shown[0]) - _mp(value))
-    return digits >= SHOWN_DIGITS and bool(difference <= mp.mpf("0.5000001") * mp.mpf(10) ** -shown[1])
+    units = abs(_mp(shown[0]) - _mp(value)) * mp.mpf(10) ** shown[1]
+    # With seven digits cutting off is as good as rounding.
+    return digits >= SHOWN_DIGITS and bool(units <= (mp.mpf("0.5000001") if digits < 10**6 else 1))

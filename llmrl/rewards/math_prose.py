@@ -1,0 +1,134 @@
+r"""Where a text says its answer that marks none: its last `$...$`, or what its last sentence ends with."""
+
+from __future__ import annotations
+
+import re
+
+from llmrl.rewards.answer import last_boxed, number_with_unit
+from llmrl.rewards.math_parse import MAX_CHARACTERS
+from llmrl.rewards.math_read import reading
+
+MAX_TAILS = 8
+_CODA = re.compile(
+    r"(?:\s*<\|[a-z_]+\|>.*|\s*I hope (?:it|this|that)\b[^.\n]{0,40}\.?\s*)+$", re.IGNORECASE | re.DOTALL
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[<])|<\|")
+_LETTER = re.compile(r"\(([A-J])\)|(?<![A-Za-z'$\\(])([B-HJ]|A(?! [a-z]))(?![A-Za-z'])")
+_DENIAL = re.compile(r"\b(?:not|never|neither|nor|except|unlike|no)\b|n't\b|\?", re.IGNORECASE)
+_JOIN = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
+_SEGMENT = re.compile(r"\$\$([^$]+)\$\$|(?<!\\)\$((?:\\\$|[^$])+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_TAIL = re.compile(
+    r"(?:\b(?:is|are|equals?|get|gets|gives?|have|be|becomes?|obtain|obtained|yields?|find|found|answer|result|solution|value|total|thus|therefore|so|hence|conclude|choose|pick|option|simplifies to|reduces to|equal to|then|it's|that's)\b[:,]?|:|=|⇒|→)\s+",
+    re.IGNORECASE,
+)
+_CUT = re.compile(
+    r"\.\s|[,;]\s(?=(?:and )?(?!and\b|or\b)[a-z]{2,}\b)|\s(?:because|since|where|which|when|as|after|with|that|by|if|assuming|provided)\b|\n| \(|\s(?:is|are) (?:the|our|my)\b",
+)
+
+
+def spoken_answer(text: str, *, words: bool = False, numeric: bool = False) -> str | None:
+    r"""The answer of a text that marks none: the whole text if it is a formula, else its last `$...$`, else what its last sentence ends with.
+
+    The last sentence goes first where it comes after the last `$...$` and has numbers. words: the answer can be words, in which case the
+    last of a sentence are taken for it. numeric: it is a number, so that None is better than a formula before such a sentence.
+
+    Example: spoken_answer("We add them, so x = 3/4.") -> "x = 3/4"
+    """
+    text = _CODA.sub("", text[-8000:]).strip()
+    whole = reading(text) if len(text) <= 600 else None
+    if whole is not None and (whole.formula or whole.choice):
+        return text
+    segments, after = _last_segments(text[-4000:])
+    if segments is not None and not re.search(r"\d", after):
+        return segments
+    last = _SENTENCE_END.split(text[-600:].rstrip().rsplit("\n", 1)[-1])[-1]
+    if segments is None and not re.search(r"\d", last):
+        last = text[-600:].rstrip().rsplit("\n", 1)[-1]
+    ends = [last[m.end() :] for m in reversed(list(_TAIL.finditer(last)))][:MAX_TAILS]
+    for short in [False, True] if words else [False]:
+        for end in ends:
+            if (found := first_answer(end, words=short)) is not None:
+                return found
+    if (found := first_answer(last)) is not None:
+        return found
+    if (found := _last_formula(last)) is not None or (segments is not None and not numeric):
+        return found or segments
+    return text if words and whole is not None and whole.words is not None else None
+
+
+def choice_in(text: str) -> str | None:
+    """The last capital letter from A to J that stands for a choice in a text; "A" and "I" as words are none."""
+    letters = [m[1] or m[2] for m in _LETTER.finditer(text[-2000:])]
+    return letters[-1] if letters else None
+
+
+def ends_with_words(text: str, words: str) -> bool:
+    """Whether the last sentence ends with these words, and denies nothing."""
+    plain = re.sub(r"[\s.,!*\"]+", " ", text[-600:].strip().rsplit("\n", 1)[-1]).strip().lower()
+    sentence = re.split(r"[.!?]\s", text[-600:].strip())[-1]
+    return plain.endswith(" " + words) and not _DENIAL.search(sentence)
+
+
+def marked_sentence(text: str, *, words: bool = False) -> tuple[str | None, str]:
+    """The answer in what follows "Answer:", and the first sentence of that, in which it is looked for."""
+    sentence = _SENTENCE_END.split(text, maxsplit=1)[0]
+    found = first_answer(text, words=words, near=3) or spoken_answer(sentence, words=words)
+    return found or first_answer(text, words=words), sentence
+
+
+def _last_formula(line: str) -> str | None:
+    """The formula that a line ends with, after a word: of "we obtain the probability 1/2" the end."""
+    starts = [m.end() for m in re.finditer(r"(?<=[A-Za-z]{2})[:,]? +", line)][-10:]
+    for start in starts:
+        end = line[start:].rstrip(" .")
+        if re.search(r"[\\=^{}]", line[:start]):
+            break  # inside a formula
+        if re.search(r"\d", end) and reading(end).formula:
+            return end
+    return None
+
+
+def _first_segments(text: str, near: int) -> str | None:
+    r"""The first `$...$`, where it begins within `near` characters, with those that only commas, "and" or "or" part from it."""
+    out: list[str] = []
+    end = -1
+    for segment in _SEGMENT.finditer(text):
+        if segment.start() >= near if not out else not _JOIN.fullmatch(text, end, segment.start()):
+            break
+        out.append(next(g for g in segment.groups() if g is not None))
+        end = segment.end()
+    return ", ".join(out) if out else None
+
+
+def _last_segments(text: str) -> tuple[str | None, str]:
+    r"""The last `$...$` of a text, with those that only commas, "and" or "or" part from it; and the text after them."""
+    out: list[str] = []
+    start, end = -1, 0
+    for segment in reversed(list(_SEGMENT.finditer(text))):
+        if out and not _JOIN.fullmatch(text, segment.end(), start):
+            break
+        end = end or segment.end()
+        out.insert(0, next(g for g in segment.groups() if g is not None))
+        start = segment.start()
+    return (", ".join(out) if out else None), text[end:]
+
+
+def first_answer(line: str, *, words: bool = False, near: int = 30) -> str | None:
+    r"""What a line begins with: all of it if it reads, its first `$...$` within `near` characters, or what comes before the first clause of words; None otherwise."""
+    line = line.strip().rstrip(".")
+    if len(line) > MAX_CHARACTERS:
+        return None
+    now = reading(line)
+    if now.formula or now.choice or (words and now.words and len(now.words.split()) <= 3):
+        return line
+    boxed = last_boxed(line)
+    if boxed is not None:
+        return boxed
+    if (segments := _first_segments(line, near)) is not None:
+        return segments
+    cut = _CUT.search(line)
+    if cut is not None and cut.start():
+        head = reading(line[: cut.start()].strip())
+        if head.formula or head.choice or number_with_unit(head.text) is not None:
+            return head.text
+    return None
