@@ -204,7 +204,8 @@ class RewardRunner:
                 raise
             if description["rowwise"]:
                 pool.grow(self._workers)
-        own = None if description["by_row"] and not self._allow_code else description["seconds"]  # without code: as any row
+        # The long deadline of a mixture is for its code.
+        own = None if description["by_row"] and not self._allow_code else description["seconds"]
         seconds = spec.timeout or own or (ROW_SECONDS if description["rowwise"] else BATCH_SECONDS)
         return RewardFunction(name, spec.weight, seconds, description, bound if here else None, pool, judge=judge)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmrl.errors import RewardError
 from llmrl.rewards.base import Noted, row_verifier
-from llmrl.rewards.text import body
+from llmrl.rewards.text import answer_or_all, body
 
 _FENCE = re.compile(r"```[A-Za-z]*[ \t]*\n(.*?)```", re.DOTALL)
 MAX_JSON, MAX_LINES, MAX_VARIABLES = 1_000_000, 4_000, 100_000
@@ -110,8 +110,8 @@ _LITERAL = re.compile(r"(?<![\w.])-?\d{1,9}(?![\w.])")
 def sat_assignment(completion: str, clauses: Any, *, partial: bool = False) -> float | None:
     """1.0 when the assignment in the answer satisfies all clauses, else 0.0; `partial`: the share that it does. None without clauses.
 
-    The answer: "x1 = true, x2 = false", or literals ("1 -2 3", as solvers print). A variable that is not named satisfies nothing, one
-    that is given both values makes it 0. `clauses`: lists of literals, or DIMACS text.
+    The answer: "x1 = true, x2 = false" (the final answer, where one is marked), or literals ("1 -2 3", as solvers print). A variable that
+    is not named satisfies nothing, one that is given both values makes it 0. `clauses`: lists of literals, or DIMACS text.
     Example: sat_assignment.score("Answer: 1 -2", [[1, 2], [-2]]) -> 1.0
     """
     try:
@@ -119,7 +119,7 @@ def sat_assignment(completion: str, clauses: Any, *, partial: bool = False) -> f
     except ValueError:
         return None
     text = body(completion)
-    named = _NAMED.findall(text)
+    named = _NAMED.findall(answer_or_all(completion)) or _NAMED.findall(text)
     if named:
         literals = {int(n) * (1 if value.lower() in ("true", "t", "1") else -1) for n, value in named}
     else:
