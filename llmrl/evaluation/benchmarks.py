@@ -28,11 +28,12 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark that has been read: its name, what its file says, and its problems in the form of `llmrl.data.convert`."""
+    """A benchmark that has been read: its name, what its file says, its problems in the form of `llmrl.data.convert`, and their source."""
 
     name: str
     spec: BenchmarkSpec
     problems: list[Record]
+    path: str = ""
 
 
 def shipped() -> list[str]:
@@ -88,8 +89,9 @@ def load_benchmark(name: str, data_dir: str | Path | None = None) -> Benchmark:
     else:
         sources = [_beside(source, file) for source in spec.data]
     problems = _converted(load_rows(sources, seed=0, raw=True), convert)
-    _check(file.stem, spec, problems, " and ".join(source.path for source in sources))
-    return Benchmark(file.stem, spec, problems)
+    path = " and ".join(source.path for source in sources)
+    _check(file.stem, spec, problems, path)
+    return Benchmark(file.stem, spec, problems, path)
 
 
 def _beside(source: DatasetSource, file: Path) -> DatasetSource:
