@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from llmrl.algorithms.benchmarks import Benchmarks
 from llmrl.data.build import DataReport, rows_of
 from llmrl.data.packing import cut, empty_example, pack, shard
 from llmrl.errors import ConfigError
@@ -65,6 +66,7 @@ class Trainer:
 
         `modules` are saved in checkpoints beside the model; for `parts` see `Backend.prepare`.
         """
+        self.benchmarks = Benchmarks(self)
         self.backend.prepare(self.module, total_updates=total_steps * updates_per_step, parts=parts)
         self.run = Run(
             self.config,

@@ -90,7 +90,7 @@ class DPOTrainer(Trainer):
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary; the final model is in `<output_dir>/model`."""
-        with self.rollouts or nullcontext(), self.run as run:
+        with self.benchmarks, self.rollouts or nullcontext(), self.run as run:
             for step in run.steps():
                 metrics: dict[str, float] = {}
                 if self.rollouts is None:
@@ -103,6 +103,8 @@ class DPOTrainer(Trainer):
                     self._move_reference()
                 if run.due(self.config.eval_steps, step):
                     metrics |= self.evaluate()
+                    if self.rollouts is None:
+                        metrics |= self.benchmarks.evaluate(step)
                 metrics["epoch"] = (self.rollouts or self.sampler).epoch
                 run.log(step, metrics, tokens=self._tokens)
                 if self.rollouts is not None:

@@ -91,7 +91,7 @@ class GRPOTrainer(Trainer):
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary; the final model is in `<output_dir>/model`."""
-        with self.rollouts, self.run as run:
+        with self.benchmarks, self.rollouts, self.run as run:
             for step in run.steps():
                 metrics = self.update(self.rollouts.collect(step))
                 if run.due(self.config.eval_steps, step):

@@ -118,7 +118,7 @@ class PPOTrainer(Trainer):
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary; the final policy is in `<output_dir>/model`, the critic in checkpoints."""
-        with self.rollouts, self.run as run:
+        with self.benchmarks, self.rollouts, self.run as run:
             for step in run.steps():
                 metrics = self.update(self.rollouts.collect(step))
                 if run.due(self.config.eval_steps, step):

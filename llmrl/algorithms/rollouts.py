@@ -10,10 +10,10 @@ from typing import Any
 
 from llmrl.algorithms.base import Trainer, require
 from llmrl.algorithms.engines import GAP_CAUSES, Canary, engine_metrics, gap_bound, make_engine
-from llmrl.algorithms.judges import LocalJudges
 from llmrl.data.build import build_prompts, rows_of
 from llmrl.data.sampler import Sampler
 from llmrl.errors import DivergenceError, LLMRLError
+from llmrl.evaluation.judges import LocalJudges
 from llmrl.evaluation.runner import evaluate
 from llmrl.experience.ahead import Ahead
 from llmrl.experience.batch import merge_reward_metrics, rollout_metrics, to_examples
@@ -50,7 +50,7 @@ class Rollouts:
             allow_code_execution=config.allow_code_execution,
             combine=config.combine,
             gate_threshold=config.gate_threshold,
-            make_judge=LocalJudges(local_device()),
+            make_judge=LocalJudges(),
         )
 
     def read(self, trainer: Trainer, train: Any, evaluation: Any) -> int:
@@ -86,6 +86,7 @@ class Rollouts:
         config, trainer = self.config, self.trainer
         self.policy, self.truncated = policy, truncated
         longest = max(len(p.ids) for p in [*self.prompts, *self.eval_prompts]) + config.max_completion_length
+        longest = max(longest, trainer.benchmarks.longest)
         self.engine = trainer.backend.together(lambda: make_engine(trainer, policy, longest))
         self.weights = trainer.backend.policy_weights()
         self.gap_bound = gap_bound(config, trainer.model, self.engine.dtype)
@@ -228,11 +229,17 @@ class Rollouts:
         return {**experience.metrics, **metrics, **own, **merge_reward_metrics(gather(experience.reward_metrics))}
 
     def evaluate(self) -> dict[str, float]:
-        """Mean reward and accuracy on the evaluation prompts, by the same rewards; empty without such prompts."""
+        """Mean reward and accuracy on the evaluation prompts, by the same rewards, and the benchmarks' numbers; empty without either."""
+        if not self.eval_prompts and not self.trainer.benchmarks:
+            return {}
+        step = self.trainer_state["global_step"]
+        self._sync(step)
+        return self._evaluate_prompts() | self.trainer.benchmarks.evaluate(step, self.engine)
+
+    def _evaluate_prompts(self) -> dict[str, float]:
         if not self.eval_prompts:
             return {}
         config, backend = self.config, self.trainer.backend
-        self._sync(self.trainer_state["global_step"])
         result = evaluate(
             self.eval_prompts[backend.rank :: backend.world_size],
             self.engine,

@@ -53,15 +53,15 @@ class SFTTrainer(Trainer):
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary; the final model is in `<output_dir>/model`."""
-        with self.run as run:
+        with self.benchmarks, self.run as run:
             for step in run.steps():
                 rows = [self.examples[i] for i in self.sampler.take(self.config.batch_size)]
                 parts = np.array_split(np.arange(len(rows)), min(self.config.updates_per_step, len(rows)))
                 updates = [self.update([rows[i] for i in part]) for part in parts]
                 metrics = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
                 metrics["learning_rate"] = updates[-1]["learning_rate"]
-                if self.eval_examples and run.due(self.config.eval_steps, step):
-                    metrics["eval_loss"] = self.evaluate()
+                if run.due(self.config.eval_steps, step):
+                    metrics |= self.evaluate() | self.benchmarks.evaluate(step)
                 metrics["epoch"] = self.sampler.epoch
                 run.log(step, metrics, tokens=sum(map(len, rows)))
         return run.summary
@@ -74,11 +74,13 @@ class SFTTrainer(Trainer):
         )
         return {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "learning_rate": stats.learning_rate}
 
-    def evaluate(self) -> float:
-        """Mean negative log-likelihood of the supervised tokens of the evaluation rows, in nats."""
+    def evaluate(self) -> dict[str, float]:
+        """eval_loss: mean negative log-likelihood of the supervised tokens of the evaluation rows, in nats; empty without such rows."""
+        if not self.eval_examples:
+            return {}
         mine = self.share(self._weighted(self.eval_examples))
         losses = self.backend.score(self.microbatches(mine), self._nll, lambda: [empty_example(["weights"])])
-        return self.backend.global_sum([sum(losses)])[0]
+        return {"eval_loss": self.backend.global_sum([sum(losses)])[0]}
 
     def _weighted(self, examples: Sequence[Example]) -> list[Example]:
         total = sum(int(e.loss_mask.sum()) for e in examples)

@@ -88,7 +88,7 @@ _NO_MEANING = {
             "remove_unused_columns label_names"),
     **_each("leave it out: the command (`llmrl sft`, `llmrl reward`, `llmrl dpo`, `llmrl ppo`, `llmrl grpo`, `llmrl eval`) says what is done",
             "do_train do_predict stage prediction_loss_only predict_with_generate include_for_metrics batch_eval_metrics "
-            "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps benchmarks callbacks"),
+            "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps callbacks"),
     **_each("leave it out: rows are tokenised before the first step and packed in the process, there is no data loader",
             "dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
             "dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor accelerator_config ignore_data_skip "
@@ -107,8 +107,9 @@ _NO_MEANING = {
             "push_to_hub_revision trackio_bucket_id trackio_space_id trackio_static_space_id"),
     **_each("leave it out: `save_steps`, `save_total_limit` and `resume` say everything about checkpoints; a checkpoint is complete",
             "save_on_each_node save_only_model save_safetensors restore_callback_states_from_checkpoint enable_jit_checkpoint"),
-    **_each("not available in this version: the last checkpoint is the result, evaluations are in metrics.jsonl",
-            "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience"),
+    "load_best_model_at_end": "write metric_for_best_model: the best checkpoint is kept, and its model is in checkpoints/step_<N>/model; "
+                              "model/ is that of the last step",
+    "early_stopping_patience": "not available in this version: metric_for_best_model keeps the best checkpoint, however long the run is",
     **_each("leave it out: `dtype` and `mixed_precision` decide the types in evaluation too", "bf16_full_eval fp16_full_eval"),
     "tf32": "leave it out: set NVIDIA_TF32_OVERRIDE in the environment",
     **_each("not available in this version: torch.compile", "torch_compile torch_compile_backend torch_compile_mode"),
@@ -182,7 +183,8 @@ _TRAINERS = {"sft": SFT, "reward": REWARD_MODEL, "dpo": DPO, "ppo": PPO, "grpo":
 BY_KIND = {
     **{kind: {**_RENAMED, **_NO_MEANING, **_OPENRLHF, **names} for kind, names in _TRAINERS.items()},
     "eval": {
-        **_each("write data: a file or a hub id", "dataset eval_dataset dataset_name task tasks"),
+        **_each("write data: a file or a hub id", "dataset eval_dataset dataset_name"),
+        **_each("write benchmark: names such as math500,aime24", "benchmarks task tasks"),
         **_each("write n: completions a problem", "num_generations num_samples num_return_sequences"),
         **_each("write scorer", "rewards reward_funcs metric"),
         **_each("write max_completion_length", "max_new_tokens max_tokens"),

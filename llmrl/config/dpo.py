@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmrl.config.base import Recipe, as_list
+from llmrl.config.benchmark import BenchmarkFields
 from llmrl.config.data import DataFields
 from llmrl.config.model import ModelFields
 from llmrl.config.reward import RewardFields
@@ -20,7 +21,9 @@ REFERENCE_FREE = frozenset({"simpo", "orpo", "nll"})
 _SCORE_DIFFERENCE = frozenset({"sigmoid", "hinge", "ipo", "robust", "exo", "discopop", "nll"})
 
 
-class DPOConfig(Recipe, ModelFields, DataFields, RewardFields, RolloutFields, SamplingFields, TrainFields):
+class DPOConfig(
+    Recipe, ModelFields, DataFields, RewardFields, RolloutFields, SamplingFields, BenchmarkFields, TrainFields
+):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) and its relatives; online where `rewards` are given."""
 
     kind: ClassVar[str] = "dpo"

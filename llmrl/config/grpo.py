@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.base import Recipe
+from llmrl.config.benchmark import BenchmarkFields
 from llmrl.config.data import DataFields
 from llmrl.config.importance import ImportanceFields
 from llmrl.config.model import ModelFields
@@ -19,7 +20,15 @@ _GRPO = GRPO_PRESETS["grpo"]
 
 
 class GRPOConfig(
-    Recipe, ModelFields, DataFields, RewardFields, RolloutFields, ImportanceFields, SamplingFields, TrainFields
+    Recipe,
+    ModelFields,
+    DataFields,
+    RewardFields,
+    RolloutFields,
+    ImportanceFields,
+    SamplingFields,
+    BenchmarkFields,
+    TrainFields,
 ):
     """KL-regularised group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) and its critic-free relatives."""
 

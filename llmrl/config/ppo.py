@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.base import Recipe
+from llmrl.config.benchmark import BenchmarkFields
 from llmrl.config.data import DataFields
 from llmrl.config.importance import ImportanceFields
 from llmrl.config.model import ModelFields
@@ -19,7 +20,15 @@ _PPO = PPO_PRESETS["ppo"]
 
 
 class PPOConfig(
-    Recipe, ModelFields, DataFields, RewardFields, RolloutFields, ImportanceFields, SamplingFields, TrainFields
+    Recipe,
+    ModelFields,
+    DataFields,
+    RewardFields,
+    RolloutFields,
+    ImportanceFields,
+    SamplingFields,
+    BenchmarkFields,
+    TrainFields,
 ):
     """Proximal policy optimisation with a critic (Schulman et al. 2017, arXiv 1707.06347; for language models, arXiv 2203.02155)."""
 

@@ -42,6 +42,11 @@ class TrainFields(Strict):
         143, ge=0, le=255, description="exit code after SIGTERM and the checkpoint that it causes"
     )
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; default: only at the end")
+    metric_for_best_model: str | None = Field(
+        None,
+        description="a number of the evaluations, such as eval_accuracy: the checkpoint where it is best is kept too",
+    )
+    greater_is_better: bool | None = Field(None, description="default: true, unless the metric's name ends in loss")
 
     report_to: Trackers = Field([], description="trackers beside the run directory's own files")
     run_name: str | None = Field(None, description="name in trackers; default: the run directory's")
@@ -49,6 +54,17 @@ class TrainFields(Strict):
     num_processes: int | None = Field(
         None, ge=1, description="processes this run must have; it refuses to start with another number"
     )
+
+    @model_validator(mode="after")
+    def _check_best(self) -> Self:
+        if self.greater_is_better is not None and self.metric_for_best_model is None:
+            raise ValueError("greater_is_better says how metric_for_best_model is read, and that is not given")
+        if self.metric_for_best_model is not None and not self.metric_for_best_model.startswith("eval_"):
+            raise ValueError(
+                f"metric_for_best_model {self.metric_for_best_model!r}: give a number of the evaluations, whose names begin with eval_, such "
+                f"as eval_{self.metric_for_best_model}; a number of the training batches says more about the batch than about the model"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_updates(self) -> Self:

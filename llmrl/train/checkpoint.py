@@ -53,7 +53,7 @@ def verify(path: Path) -> str:
 
 
 class CheckpointStore:
-    """The checkpoints `step_00000010`, ... under `root`; the newest `keep` are kept (None: all).
+    """The checkpoints `step_00000010`, ... under `root`; the newest `keep` are kept (None: all), and the one called best.
 
     Example: store.save(10, write=lambda directory: (directory / "state.json").write_text("{}")); store.newest()
     """
@@ -113,6 +113,19 @@ class CheckpointStore:
         """Makes `path` the one that `newest` prefers."""
         write_atomically(self.root / "latest", path.name + "\n")
 
+    def best(self) -> Path | None:
+        """The checkpoint that was called best; None without one."""
+        pointer = self.root / "best"
+        path = self.root / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        return path if path in self.all() else None
+
+    def call_best(self, step: int | None) -> None:
+        """Keeps the checkpoint of `step` until another one is called best; None: keeps none."""
+        if step is None:
+            (self.root / "best").unlink(missing_ok=True)
+        elif self.root.is_dir():
+            write_atomically(self.root / "best", self.path(step).name + "\n")
+
     def _candidates(self) -> Iterator[Path]:
         pointer = self.root / "latest"
         pointed = self.root / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
@@ -122,12 +135,12 @@ class CheckpointStore:
         yield from (p for p in reversed(found) if p != pointed)
 
     def _prune(self, saved: int) -> None:
-        """Keeps the newest `keep`. Later steps than the one saved belong to a branch that was left by resuming before it."""
+        """Keeps the newest `keep` and the best. Later steps than the one saved belong to a branch that was left by resuming before it."""
         if self.keep is None:
             return
         found = self.all()
         branch = [p for p in found if step_of(p) <= saved]
-        kept = branch[-self.keep :]
+        kept = [*branch[-self.keep :], self.best()]
         for path in found:
             if path not in kept:
                 # Renamed first: a half-deleted directory must not look like a checkpoint.

@@ -1,4 +1,4 @@
-"""The files of a run directory: config.yaml, metrics.jsonl, samples/step_*.jsonl, summary.json."""
+"""The files of a run directory: config.yaml, metrics.jsonl, samples/step_*.jsonl, evaluations/step_*/*.json, summary.json."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,9 @@ class Records:
         for file in self.samples.glob("step_*.jsonl"):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
+        for folder in (self.directory / "evaluations").glob("step_*"):
+            if int(folder.name.removeprefix("step_")) > step:
+                shutil.rmtree(folder)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
         """Appends one line; what is not a finite number becomes null, which JSON can hold."""

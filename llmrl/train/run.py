@@ -9,6 +9,7 @@ with run:
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import threading
@@ -76,6 +77,7 @@ class Run:
         self.records = Records(self.directory)
         self.step = 0
         self.summary: dict[str, Any] = {}
+        self.best: dict[str, Any] | None = None
         self._metrics: dict[str, Any] = {}
         self._seconds, self._num_tokens = 0.0, 0
         self._saved_step: int | None = None
@@ -130,8 +132,11 @@ class Run:
             wishes = [bool(result) for result in self._call("on_step_end", self.trainer, self.step, self._metrics)]
             sigterm, stop = self._agree(self._sigterm, any(wishes))
             last = stop or self.step == self.total_steps
-            if last or sigterm or (self.config.save_steps and self.step % self.config.save_steps == 0):
+            better = self._is_best()
+            if better or last or sigterm or (self.config.save_steps and self.step % self.config.save_steps == 0):
                 self.save()
+            if better:
+                self._on_main(lambda: self.store.call_best(self.step))
             if sigterm and not last:
                 self.progress.message(f"SIGTERM: saved step {self.step}; the same command continues from it")
                 raise SystemExit(self.config.sigterm_exit_code)
@@ -184,9 +189,34 @@ class Run:
         self._saved_step = self.step
         self._call("on_save", self.store.path(self.step))
 
+    def _is_best(self) -> bool:
+        """Whether `metric_for_best_model` is better after this step than after any before it; it is noted if so."""
+        name = self.config.metric_for_best_model
+        if name is None or self._metrics.get("step") != self.step:
+            return False
+        value = self._metrics.get(name)
+        if value is None or not math.isfinite(value):
+            evaluated = [key for key in self._metrics if key.startswith("eval_")]
+            if evaluated and name not in evaluated:
+                self.progress.message(
+                    f"metric_for_best_model {name} is not a number of this evaluation: {', '.join(evaluated)}"
+                )
+            return False
+        sign = 1 if self.greater_is_better else -1
+        if self.best is not None and sign * value <= sign * self.best["value"]:
+            return False
+        self.best = {"metric": name, "value": value, "step": self.step}
+        return True
+
+    @property
+    def greater_is_better(self) -> bool:
+        given = self.config.greater_is_better
+        return not str(self.config.metric_for_best_model).endswith("loss") if given is None else bool(given)
+
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "best": self.best,
             "kind": self.kind,
             "total_steps": self.total_steps,
             "seconds": self._seconds + time.monotonic() - self._began,
@@ -217,6 +247,9 @@ class Run:
         self._metrics = state["metrics"]
         if start.resolve().parent == self.store.root.resolve():
             self._saved_step = self.step
+            best = state.get("best")
+            if best and best["metric"] == self.config.metric_for_best_model:
+                self.best = best
 
     def _find_start(self) -> str:
         start = find_start(self.config, self.kind, self.store)
@@ -227,6 +260,7 @@ class Run:
         """The run directory at the start: records rewound to the checkpoint, recipe and summary written."""
         self.records.rewind(self.step)
         self.records.write_config(dump_recipe(self.config))
+        self.store.call_best(self.best["step"] if self.best else None)
         if self._start is not None:
             if self._saved_step is not None:
                 self.store.point_to(self.store.path(step_of(self._start)))
@@ -259,6 +293,7 @@ class Run:
             "seconds": self._seconds + time.monotonic() - self._began,
             "output_dir": str(self.directory),
             "metrics": self._metrics,
+            **({"best": {**self.best, "checkpoint": str(self.store.path(self.best["step"]))}} if self.best else {}),
             **environment(self.backend.device, self.backend.world_size),
             **({"error": error} if error else {}),
         }

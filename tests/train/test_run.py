@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from llmrl.train.plot import _PANELS, plot_curves, running_mean
 from llmrl.train.records import read_metrics
 from llmrl.train.resume import HARMLESS, flatten
 from llmrl.train.run import Run
-from tests.processes import run_processes
+from tests.processes import run_processes, run_script
 from tests.train.toy import Toy, empty_batch, toy_config, toy_loss
 
 ROWS = 13
@@ -96,13 +94,10 @@ ToyTrainer(sys.argv[1]).train(lambda t, step: {action})
 """
 
 
-def child(out, action, **popen):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    code = CHILD.format(action=action)
-    return subprocess.run(
-        [sys.executable, "-c", code, str(out)], cwd=root, env=env, capture_output=True, text=True, timeout=120
-    )
+def child(out, action):
+    script = out.with_suffix(".py")
+    script.write_text(CHILD.format(action=action))
+    return run_script(script, out)
 
 
 def test_ten_steps_equal_seven_killed_and_resumed(tmp_path):
