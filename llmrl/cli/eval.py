@@ -84,7 +84,7 @@ def _as_overrides(argv: Sequence[str]) -> list[str]:
 
 def evaluate_model(config: EvalConfig, *, progress: bool = False) -> EvalResult:
     """Loads model, problems and scorer, and evaluates; every problem counts, also one whose prompt had to be cut."""
-    from llmrl.algorithms.judges import LocalJudges
+    from llmrl.evaluation.judges import LocalJudges
     from llmrl.data.build import prompts_from_rows
     from llmrl.data.sources import load_rows
     from llmrl.evaluation.runner import evaluate

@@ -18,11 +18,12 @@ from rich.text import Text
 from llmrl.config.reward import RewardSpec
 from llmrl.config.rubric import JudgeSettings, Rubric, RubricExample
 from llmrl.errors import ConfigError
+from llmrl.evaluation.judges import LocalJudges
 from llmrl.rewards.attacks import BAD_ANSWER, PROMPT, REFERENCE, attacks
 from llmrl.rewards.rubric import load_rubric
 from llmrl.rewards.runner import RewardRunner
 from llmrl.rewards.tally import Tally
-from llmrl.types import Completion, Judge, Prompt, Rollout, ScoredRollout
+from llmrl.types import Completion, Prompt, Rollout, ScoredRollout
 
 TOLERANCE = 0.1
 MOST_BAD = 0.5  # an answer that may get at most this is a bad one, to be dressed up
@@ -104,7 +105,7 @@ def check(rubric: Rubric, spec: RewardSpec, tolerance: float = TOLERANCE) -> Rep
     rows = [_rollout(rubric, e, e.answer, i) for i, e in enumerate(examples)]
     rows += [_rollout(rubric, base, text, len(rows) + i) for i, (base, _, text) in enumerate(dressed)]
     tally = Tally()
-    with RewardRunner([spec], on_error="skip", make_judge=_load) as runner:
+    with RewardRunner([spec], on_error="skip", make_judge=LocalJudges()) as runner:
         scored = runner.score(rows, None, tally)
     known = [_check(_label(e), s, e.min, e.max) for e, s in zip(examples, scored)]
     base_scores = {id(e): s.reward for e, s in zip(examples, scored)}
@@ -128,13 +129,6 @@ def _spec(options: argparse.Namespace) -> RewardSpec:
             )
         ) from None
     return RewardSpec(rubric=options.rubric, judge=judge, name=_NAME)
-
-
-def _load(settings: JudgeSettings) -> Judge:
-    from llmrl.algorithms.judges import LocalJudges  # here, since a server needs no torch
-    from llmrl.train.launch import local_device
-
-    return LocalJudges(local_device())(settings)
 
 
 def _rollout(rubric: Rubric, example: RubricExample, answer: str, number: int) -> Rollout:

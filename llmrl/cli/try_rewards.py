@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmrl.algorithms.judges import LocalJudges
 from llmrl.cli.plan import SamplingConfig
 from llmrl.cli.recipe import heading
 from llmrl.errors import DataError
+from llmrl.evaluation.judges import LocalJudges
 from llmrl.rewards.answer import gold_answer
 from llmrl.rewards.runner import RewardRunner
 from llmrl.train.launch import local_device
@@ -31,7 +31,7 @@ def open_rewards(config: SamplingConfig) -> RewardRunner:
         allow_code_execution=config.allow_code_execution,
         combine=config.combine,
         gate_threshold=config.gate_threshold,
-        make_judge=LocalJudges(local_device()),
+        make_judge=LocalJudges(),
     )
 
 

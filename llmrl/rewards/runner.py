@@ -49,7 +49,7 @@ class RewardRunner:
 
     specs: from a recipe. reward_funcs: TRL's argument: callables (they run in this process), names, a `JudgedReward`, or (one, weight) pairs.
     on_error, workers, allow_code_execution, combine, gate_threshold: see `llmrl.config.reward.RewardFields`. Reward models are loaded on `device`.
-    make_judge: makes the judges that have no base_url (`llmrl.algorithms.judges.LocalJudges`). Raises ConfigError and RewardError for what can't
+    make_judge: makes the judges that have no base_url (`llmrl.evaluation.judges.LocalJudges`). Raises ConfigError and RewardError for what can't
     be loaded.
 
     Example:
@@ -218,7 +218,7 @@ class RewardRunner:
         if self._make_judge is None:
             raise ConfigError(
                 f"the judge of reward {name!r} has no base_url, and nothing here loads {spec.judge.model!r}: give the URL of its server, or "
-                "RewardRunner(..., make_judge=LocalJudges(device)) of llmrl.algorithms.judges"
+                "RewardRunner(..., make_judge=LocalJudges()) of llmrl.evaluation.judges"
             )
         return JudgedReward(spec, name, self._make_judge(spec.judge))
 

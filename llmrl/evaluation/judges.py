@@ -1,4 +1,7 @@
-"""Judges in this process: an engine answers the grading prompts, without a server."""
+"""Judges in this process: an engine answers the grading prompts, without a server.
+
+torch and transformers are imported when a judge is made: where every judge has a server, neither is needed.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,13 @@ from functools import partial
 from itertools import count
 from typing import Any, ClassVar
 
-import torch
-
 from llmrl.config.model import ModelFields
 from llmrl.config.rubric import JudgeSettings
-from llmrl.data.chat import ChatRenderer
 from llmrl.data.schemas import PromptRow
 from llmrl.errors import ConfigError, DataError
-from llmrl.models.load import stop_token_ids
-from llmrl.models.source import Source, check_vocabulary
 from llmrl.rewards.base import describe_error
 from llmrl.rewards.judge_budget import JudgeError, MeteredJudge
-from llmrl.rollout.local import LocalEngine
+from llmrl.train.launch import local_device
 from llmrl.types import Completion, Messages, Prompt, RolloutEngine, Sampling
 
 _GATHER = 0.05
@@ -60,6 +58,8 @@ class EngineJudge(MeteredJudge):
         max_length: int | None = None,
         lock: threading.Lock | None = None,
     ) -> None:
+        from llmrl.data.chat import ChatRenderer
+
         super().__init__(settings)
         self._engine, self._max_length, self._engine_lock = engine, max_length, lock or threading.Lock()
         self._specials = [
@@ -156,14 +156,14 @@ class EngineJudge(MeteredJudge):
 
 
 class LocalJudges:
-    """Makes the judges that a recipe names without a `base_url`, on `device`, in the type that their model was saved in (bfloat16 or
-    float32). Judges of the same model share it.
+    """Makes the judges that a recipe names without a `base_url`, on `device` (default: this process's own), in the type that their
+    model was saved in (bfloat16 or float32). Judges of the same model share it.
 
     Example: RewardRunner(specs, make_judge=LocalJudges("cuda:0"))
     """
 
-    def __init__(self, device: torch.device | str) -> None:
-        self._device = torch.device(device)
+    def __init__(self, device: str | None = None) -> None:
+        self._device = device
         self._made: dict[str, Any] = {}
 
     def __call__(self, settings: JudgeSettings) -> EngineJudge:
@@ -175,6 +175,13 @@ class LocalJudges:
         return judge
 
     def _load(self, name: str) -> Any:
+        import torch
+
+        from llmrl.models.load import stop_token_ids
+        from llmrl.models.source import Source, check_vocabulary
+        from llmrl.rollout.local import LocalEngine
+
+        device = torch.device(self._device or local_device())
         key = "judge.model (loaded in this process, as the judge has no base_url)"
         saved = Source(ModelFields(model_name_or_path=name), key=key).config.dtype
         fields = ModelFields(model_name_or_path=name, dtype="bfloat16" if saved == torch.bfloat16 else "float32")
@@ -184,10 +191,10 @@ class LocalJudges:
             raise ConfigError(f"judge.model: the tokenizer of {name} has no chat template; give an instruct model")
         model = source.model()
         check_vocabulary(model, tokenizer)
-        model = source.adapted(model).eval().requires_grad_(False).to(self._device)
+        model = source.adapted(model).eval().requires_grad_(False).to(device)
         stop_ids = stop_token_ids(model, tokenizer)
         # The thread that samples has device 0 as its own, whatever the process has.
-        context = partial(torch.cuda.device, self._device) if self._device.type == "cuda" else nullcontext
+        context = partial(torch.cuda.device, device) if device.type == "cuda" else nullcontext
         engine = LocalEngine(
             model, tokenizer, stop_token_ids=stop_ids, max_batch_tokens=_BATCH_TOKENS, autocast=context
         )

@@ -9,11 +9,11 @@ import threading
 
 import pytest
 
-from llmrl.algorithms.judges import EngineJudge, LocalJudges
 from llmrl.cli.main import main
 from llmrl.config.reward import RewardSpec
 from llmrl.config.rubric import JudgeSettings
 from llmrl.errors import ConfigError, RewardError
+from llmrl.evaluation.judges import EngineJudge, LocalJudges
 from llmrl.models.init import init_model
 from llmrl.rewards import RewardRunner
 from llmrl.rewards.judge_budget import JudgeError
