@@ -13,6 +13,7 @@ from llmrl.data.build import prompts_from_rows
 from llmrl.data.sampler import permutation
 from llmrl.errors import ConfigError
 from llmrl.evaluation.benchmarks import Benchmark, asked, find_template, load_benchmark
+from llmrl.evaluation.judges import LocalJudges
 from llmrl.evaluation.runner import evaluate
 from llmrl.rewards.runner import RewardRunner
 from llmrl.rollout.local import LocalEngine
@@ -159,7 +160,11 @@ class Benchmarks:
         key = json.dumps(spec.model_dump(mode="json"))
         if key not in self._scorers:
             self._scorers[key] = RewardRunner(
-                [spec], on_error="skip", workers=2, allow_code_execution=self.config.allow_code_execution
+                [spec],
+                on_error="skip",
+                workers=2,
+                allow_code_execution=self.config.allow_code_execution,
+                make_judge=LocalJudges(),
             )
         return self._scorers[key]
 
