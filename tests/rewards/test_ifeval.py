@@ -288,29 +288,3 @@ def test_a_recipe_names_it():
     assert (good.reward, bad.reward) == (1.0, 0.5)
     assert bad.notes == {"instructions": "not followed: startend:quotation"} and not good.notes
     assert "unknown instruction" in wrong[0].reason
-
-
-@pytest.mark.slow
-def test_grpo_on_instructions(tiny_model_dir, tmp_path):
-    from llmrl.algorithms.grpo import GRPOTrainer
-    from llmrl.config.grpo import GRPOConfig
-
-    columns = {
-        "instruction_id_list": ["punctuation:no_comma", "keywords:letter_frequency"],
-        "kwargs": [{}, {"letter": "e", "let_frequency": 1, "let_relation": "at least"}],
-    }
-    schedule = {"start": 1.0, "end": 0.0, "steps": 2, "kind": "step"}
-    config = GRPOConfig(
-        model_name_or_path=str(tiny_model_dir), output_dir=str(tmp_path / "run"), batch_size=2, num_generations=4,
-        max_completion_length=6, max_steps=2, combine="gated", reward_workers=1, num_samples_logged=8,
-        rewards=[{"function": "instructions", "args": {"partial": True}}, {"function": "think_format", "weight": schedule}],
-    )  # fmt: skip
-    rows = [{"prompt": [{"role": "user", "content": text}], **columns} for text in ("three times four", "what is it?")]
-    assert GRPOTrainer(config, train_dataset=rows).train()["status"] == "finished"
-    files = sorted((tmp_path / "run" / "samples").glob("*.jsonl"))
-    samples = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    assert samples and all(s["milliseconds"].keys() == s["parts"].keys() == s["outcomes"].keys() for s in samples)
-    assert any("not followed: " in s["notes"].get("instructions", "") for s in samples)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["reward_weight/think_format"] for r in rows if "reward" in r] == [1.0, 0.0]
-    assert not any("reward_weight/instructions" in r for r in rows), "its weight does not change"

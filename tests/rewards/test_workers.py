@@ -37,6 +37,24 @@ def test_thirty_two_towers_among_right_answers_cost_nobody_a_score():
     assert {s.outcomes["math_answer"] for s in scored} == {"score"}
 
 
+BOMBS = (
+    HOSTILE, r"\boxed{99999999!!}", r"\boxed{10^{10^{12}}}",  # numbers
+    r"\boxed{" + "{" * 20_000, r"\boxed{" + r"\frac{1}{" * 4_000 + "}" * 4_000 + "}", "(" * 20_000 + "1" + ")" * 20_000,  # nesting
+    r"\boxed{" + "a" * 50_000 + "!}", "$" + "1," * 50_000 + "$", "the answer is " * 20_000,  # what makes patterns try again
+    r"\boxed{(x+1)^{999999}}", r"\boxed{[" + "9" * 100_000 + "]}", r"\boxed{\sum_{i=1}^{9^{99}} i}",  # memory
+)  # fmt: skip
+
+
+def test_thirty_two_bombs_in_flight_change_no_neighbour_and_outlast_no_deadline():
+    texts = [BOMBS[i // 2 % len(BOMBS)] if i % 2 else r"so \boxed{42}" for i in range(64)]
+    with RewardRunner([RewardSpec(function="math_answer", timeout=2.0)], workers=2, on_error="skip") as runner:
+        scored = runner.score(rollouts(*texts, answer="42"))
+    assert [s.reward for s in scored[::2]] == [1.0] * 32
+    assert not any(s.reward for s in scored[1::2]), "no bomb is right"
+    assert {s.outcomes["math_answer"] for s in scored} <= {"score", "timeout", "error"}
+    assert all(s.seconds.get("math_answer", 0.0) < 20 for s in scored)  # a bomb that is not defused takes minutes
+
+
 def test_answers_that_pass_the_guard_cost_their_deadline_and_only_their_row():
     texts = [SLOW if i in (0, 5, 6) else r"so \boxed{\frac{84}{2}}" for i in range(24)]
     with RewardRunner([RewardSpec(function="math_answer", timeout=1.0)], workers=2, on_error="stop") as runner:
