@@ -43,7 +43,7 @@ def _texts(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from (f"{value.get('role')}:", str(value.get("content") or ""))
+        yield from (f"{value.get('role')}:", str(value.get("content") or ""), str(value.get("tool_calls") or ""))
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
