@@ -162,7 +162,7 @@ def minerva(row: Mapping[str, Any], index: int) -> Record:
 def olympiadbench(row: Mapping[str, Any], index: int) -> Record:
     """Hothan/OlympiadBench: question, context, solution and final_answer (lists), is_multiple_answer, unit, answer_type, error, subfield.
 
-    The reference has its unit behind it, so that an answer in another one is told; `tolerance` is the published absolute error.
+    The reference has its unit behind it, so that an answer in another one is told; `error` is the published absolute tolerance.
     """
     answer = pick(row, "final_answer", "answer_raw", "answer")
     if answer is None:
@@ -171,14 +171,15 @@ def olympiadbench(row: Mapping[str, Any], index: int) -> Record:
     text = ", ".join(_without_dollars(part) for part in parts)
     if not text.strip(" ,$"):
         raise DataError("final_answer is empty")
-    unit, error = pick(row, "unit"), pick(row, "error")
+    unit, error = str(pick(row, "unit", default="")).strip(), pick(row, "error", default="")
+    if unit and not row.get("is_multiple_answer"):
+        text += _unit(unit)
     solution = pick(row, "solution")
     meta = {
         "subject": pick(row, "subfield", "subject"),
         "answer_type": row.get("answer_type"),
         "is_multiple_answer": row.get("is_multiple_answer"),
-        "tolerance": None if error in (None, "") else float(error),
-        "unit": unit,
+        "error": _number(error) if str(error).strip() else None,
         "solution": solution[0] if isinstance(solution, list | tuple) and solution else solution,
     }
     question = needed(row, "problem", "question")
@@ -191,6 +192,21 @@ def _without_dollars(answer: str) -> str:
     """Without the `$` around all of an answer, or around each of several: "$8$,$4$" is "8, 4"."""
     answer = answer.strip().rstrip(".").strip()
     return answer.replace("$", "")
+
+
+def _unit(unit: str) -> str:
+    r"""A unit as it stands behind a number: "^{\circ}", r"\text{ km}", r"\text{ cm}^2". A percent sign is left out, since 4.2 is right too."""
+    name, power, exponent = unit.replace("$", "").partition("^")
+    if not name:
+        return unit
+    return "" if name in ("%", "\\%") else rf"\text{{ {name}}}{power}{exponent}"
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise DataError(f"the error {value!r} is no number") from None
 
 
 def gsm8k(row: Mapping[str, Any], index: int) -> Record:

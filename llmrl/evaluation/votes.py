@@ -52,7 +52,7 @@ def extract(scorer: RewardSpec, text: str, columns: Mapping[str, Any]) -> str | 
     read = _reader(scorer)
     if read is None:
         raise ConfigError(f"{scorer.function or 'a model or judge'} reads no answers out of completions")
-    answer: str | None = read(text, **columns, **scorer.args)
+    answer: str | None = read(text, **{**columns, **scorer.args})  # a column may be called like an argument
     return answer
 
 

@@ -46,8 +46,8 @@ def _pairs(gold: str, ours: Reading, answer: str, theirs: Reading) -> Iterator[t
 
 def _number(tree: Node) -> Any:
     """The tree's value, of "x = 5" the right side's; None where it is no real number."""
-    if tree[0] == "rel" and set(tree[2]) == {"="}:
-        tree = tree[1][-1]
+    if tree[0] == "rel" and tree[2] == ("=",) and tree[1][0][0] == "sym":
+        tree = tree[1][1]
     if tree[0] in ("set", "seq", "tuple") or symbols(tree):
         return None
     try:
