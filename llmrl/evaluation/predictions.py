@@ -212,7 +212,7 @@ def _manifest(benchmark: Benchmark, path: Path) -> dict[str, Any]:
         "tokenizer_sha256": None,
         "template": template_entry(None, None),
         "chat_template_sha256": None,
-        "sampling": None,
+        "sampling": {},
         "engine": None,
         "predictions": {"path": str(path), "sha256": hashlib.sha256(path.expanduser().read_bytes()).hexdigest()},
         "data": data_entry(benchmark.path, benchmark.problems),
