@@ -287,7 +287,7 @@ def test_the_recipes_train_two_steps_of_a_small_model(name, tiny_model_dir, tmp_
     from llmrl.algorithms.grpo import GRPOTrainer
     from llmrl.config.load import load_recipe
 
-    row = {"prompt": "Add.", "text": "Add.", "tests": TESTS, "test_list": TESTS, "test_imports": []}
+    row = {"question": "Add.", "text": "Add.", "tests": TESTS, "test_list": TESTS, "test_imports": []}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({**row, "id": f"r{n}"}) + "\n" for n in range(4)))
     small = {

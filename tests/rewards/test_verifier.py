@@ -126,3 +126,30 @@ def test_knights_and_knaves_reads_the_conclusion():
     assert knights_and_knaves.score("Zoey is a knave and Oliver is not a knight.", gold) == 0.0
     assert read_kinds("Ann is a knight; ann = knave") == {"ann": {"knight", "knave"}}
     assert "does not say" in knights_and_knaves.check_gold(answer="Ann is tall")
+
+
+def test_the_recipe_trains_on_a_mixture_of_records(tiny_model_dir, tmp_path):
+    from llmrl.algorithms.grpo import GRPOTrainer
+    from llmrl.config.load import load_recipe
+
+    def record(n, verifier, answer="", **meta):
+        messages = [{"role": "user", "content": "Say something."}]
+        return {"id": f"r{n}", "source": "", "messages": messages, "answer": answer, "verifier": verifier, "meta": meta}
+
+    rows = [
+        record(0, "math_answer", "2"),
+        record(1, "code_tests", tests=json.loads(TESTS)),
+        record(2, "instructions", instruction_id_list=["punctuation:no_comma"], kwargs=[{}]),
+        record(3, "knights_and_knaves", "Ann is a knight"),
+    ]
+    path = tmp_path / "mix.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = {
+        "model_name_or_path": tiny_model_dir, "output_dir": tmp_path / "run", "max_steps": 1, "batch_size": 4, "num_generations": 2,
+        "max_completion_length": 8, "reward_workers": 1, "dataset": f"[{path}]", "mixed_precision": "no",
+        "gradient_checkpointing": "false",
+    }  # fmt: skip
+    GRPOTrainer(load_recipe("grpo", "qwen2.5-1.5b-mixture-grpo", [f"{k}={v}" for k, v in overrides.items()])).train()
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert line["reward_outcomes/verifier/score"] == 8
+    assert {name for name in line if name.startswith("verifier/")} == {f"verifier/{row['verifier']}" for row in rows}
