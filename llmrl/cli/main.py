@@ -22,6 +22,7 @@ COMMANDS = {
     "ppo": ("llmrl.cli.ppo", "reinforcement learning from rewards, with a critic: PPO"),
     "grpo": ("llmrl.cli.grpo", "the same without a critic: GRPO, Dr. GRPO, DAPO, RLOO, REINFORCE++"),
     "eval": ("llmrl.cli.eval", "accuracy of a model on a file of problems"),
+    "compare": ("llmrl.cli.compare", "two results of one benchmark, problem by problem"),
     "doctor": (
         "llmrl.cli.doctor",
         "a run that must change nothing: does the engine sample with the trainer's weights?",
