@@ -94,7 +94,9 @@ def _row(value: Any, number: int, path: Path) -> LabelledAnswer:
     for answer, label in (("candidate", "expected"), ("completion", "correct")):
         if "gold" in value and answer in value and label in value:
             texts = [value["gold"], value[answer]]
-            if any(isinstance(t, bool) or not isinstance(t, str | int | float) for t in texts):
+            if texts[1] is None:
+                texts[1] = ""  # no answer was given
+            if any(not isinstance(t, str | int | float) for t in texts):
                 raise DataError(f"{where}: `gold` and `{answer}` are texts or numbers")
             return LabelledAnswer(number, str(texts[0]), str(texts[1]), _label(value[label], f"{where}: `{label}`"))
     raise DataError(

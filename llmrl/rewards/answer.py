@@ -18,7 +18,7 @@ _NUMBER_FIRST = re.compile(r"[-+]?\s*[$€£]?\s*(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+
 _IN_TEXT = re.compile(r"(?<![\w.,])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)?(?:\.\d+)?(?=$|\D)")
 _BETWEEN_BOXES = re.compile(r"(?:[\s,;$.]|\\[()\[\],; ]|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|\\q?quad)*")
 _BETWEEN_GOLD_BOXES = re.compile(r"(?:(?!\bnot?\b)[^.!?\n]){0,40}")
-_MARKER = re.compile(r"(?:(?:final )?answer(?: is)?[*_]*[:：][*_]*|answer is[*_]*|####)", re.IGNORECASE)
+_MARKER = re.compile(r"(?:(?:(?:final )?answer|\bans)(?: is)?[*_]*[:：][*_]*|answer is[*_]*|####)", re.IGNORECASE)
 # A word after a number that makes it another number: such an answer is not "a number and its unit".
 _NOT_UNITS = re.compile(
     r"\b(?:pi|sqrt|root|log|ln|exp|sin|cos|tan|theta|percent|half|third|quarter|or|and|to|times|plus|minus|over|mod|squared|cubed"
@@ -118,7 +118,7 @@ def unwrap(answer: str) -> str:
                 continue  # $1$ or $2$
             if len(answer) > len(opening) + len(closing) and answer.startswith(opening) and answer.endswith(closing):
                 answer = answer[len(opening) : len(answer) - len(closing)].strip()
-        if answer.endswith(".") and not answer.endswith(r"\."):
+        if answer.endswith(".") and not answer.endswith((r"\.", "..")):
             answer = answer[:-1].rstrip()
         if answer == before:
             break

@@ -28,12 +28,16 @@ from llmrl.rewards.base import row_verifier, wrong
 from llmrl.rewards.math_equal import equal
 from llmrl.rewards.math_near import near
 from llmrl.rewards.math_parse import Node
-from llmrl.rewards.math_prose import choice_in, ends_with_words, first_answer, marked_sentence, spoken_answer
+from llmrl.rewards.math_prose import choice_in, denied, ends_with_words, first_answer, marked_sentence, spoken_answer
 from llmrl.rewards.math_read import Reading, reading
 
 # An answer may be this much longer than its reference; longer ones are no final answers, and slow to parse.
 EXTRA_CHARACTERS = 500
 _FINAL = re.compile(r"final answer(?: is)?:? ", re.IGNORECASE)
+_WORD = re.compile(
+    r"(?<![A-Za-z])(?!arc|sinh|cosh|tanh|sqrt|alpha|beta|gamma|delta|theta|lambda|omega|sigma|pmatrix|bmatrix|matrix|cases|array|aligned)[A-Za-z]{4,}(?![A-Za-z])"
+)
+_CHOICE_NAMED = re.compile(r"\(?[A-J][).:]+ +(?=\S)")
 _DECIMAL_COMMA = re.compile(r"[-+]?(?:\d+,(?:\d{1,2}|\d{4,})|0,\d+)")
 
 
@@ -144,21 +148,22 @@ def _answer(completion: str, gold: str) -> str | None:
         found = None if words else spoken_answer(re.sub(r"\\text *\{([^{}]*)\}", r"\1", marked))
         return found or marked
     if marked is not None:
-        if number_of(marked) is not None or reading(marked).formula:
+        if number_of(marked) is not None or reading(marked).formula or (words and reading(marked).words == ours.words):
             return marked
         found, sentence = marked_sentence(marked, words=words)
-        if found is None and numeric:
+        if found is None and numeric and re.search("[A-Za-z]", sentence):
             found = last_number(sentence)
         return found or marked
     if r"\boxed" in completion or r"\fbox" in completion:
         return None  # cut off inside its box
     if words and ours.words and ends_with_words(completion, ours.words):
         return ours.words
-    if (found := spoken_answer(completion, words=words, numeric=numeric)) is not None:
-        return found
-    if ours.choice is not None and (letter := choice_in(completion)) is not None:
-        return letter
-    return final_answer(completion, numeric=numeric)
+    found = spoken_answer(completion, words=words, numeric=numeric)
+    if found is None and ours.choice is not None:
+        found = choice_in(completion)
+    if found is None:
+        found = final_answer(completion, numeric=numeric)
+    return None if found is None or (not words and denied(completion, completion.rfind(found))) else found
 
 
 def _after_boxes(completion: str) -> str | None:
@@ -183,15 +188,27 @@ def equivalent(gold: str, answer: str) -> bool | None:
     if len(answer) > len(gold) + EXTRA_CHARACTERS:
         return False
     ours, theirs = reading(gold), reading(answer)
+    if (
+        theirs.choice
+        and not theirs.formula
+        and ours.formula
+        and not ours.choice
+        and (named := _CHOICE_NAMED.match(theirs.text))
+    ):
+        return equivalent(gold, theirs.text[named.end() :])  # (B) 17
     verdict = _read_equal(ours, theirs)
     if verdict is not None:
         return verdict
     scaled = number_with_unit(gold), number_with_unit(answer)
     if scaled[0] is not None and scaled[1] is not None:
         return scaled[0] == scaled[1]
+    if ours.read and _is_prose(answer):
+        return False
     parsed_gold = _parse_gold(gold)
     if not parsed_gold:
         return False if ours.read else None
+    if _is_prose(gold):
+        return False  # of a sentence math-verify would compare some formula
     return verify_parsed(parsed_gold, answer)
 
 
@@ -203,6 +220,11 @@ def _decimal_comma(written: str, other: str) -> bool:
         and _DECIMAL_COMMA.fullmatch(text) is not None
         and number_of(text.replace(",", ".")) == number_of(other)
     )
+
+
+def _is_prose(text: str) -> bool:
+    """Whether words of a sentence are in the text, apart from the names of commands and functions."""
+    return len(_WORD.findall(re.sub(r"\\[A-Za-z]+", " ", text))) >= 2
 
 
 def _same_decimals(gold: Fraction, answer: Fraction, *texts: str) -> bool:

@@ -18,6 +18,7 @@ _UNICODE = {
     "δ": r"\delta ", "ε": r"\epsilon ", "ζ": r"\zeta ", "η": r"\eta ", "κ": r"\kappa ", "ν": r"\nu ", "ξ": r"\xi ", "ρ": r"\rho ", "τ": r"\tau ", "χ": r"\chi ",
     "ψ": r"\psi ", "Γ": r"\Gamma ", "Λ": r"\Lambda ", "Σ": r"\Sigma ", "Φ": r"\Phi ", "Ψ": r"\Psi ", "Ω": r"\Omega ", "Θ": r"\Theta ", "ℏ": r"\hbar ", "ℓ": r"\ell ",
     "ω": r"\omega ", "Δ": r"\Delta ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ", "∣": "|", "％": "%",
+    "＜": "<", "＞": ">", "＝": "=", "＋": "+", "－": "-", "且": r"\land ", "或": r"\lor ", "；": ";", "、": ", ", "｛": "{", "｝": "}",
     "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}", "⅛": r"\frac{1}{8}",
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "\u2062": "", "\u2061": "",
 }  # fmt: skip
@@ -155,6 +156,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<=[\d)}])\s*deg(?:rees?)?\s*$", r"^\\circ ", text)
     text = _PLUS_MINUS.sub(lambda m: r" \pm " if m[1] == "+-" or m[2] else r" \mp ", text)
     text = re.sub(r"(?<![A-Za-z])d([a-zA-Z])/d([a-zA-Z])(?![A-Za-z])", r"\\frac{d \1}{d \2}", text)
+    text = re.sub(r"\{([^{}]+)\\choose(?![A-Za-z])([^{}]+)\}", r"\\binom{\1}{\2}", text)
     text = re.sub(r"\bMatrix\s*(?=\(\s*\[)", "", text)
     text = re.sub(r"(?<=\d)\{:\}(?=\d)", ":", text)
     text = text.replace("**", "^").replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ") if not re.search(r"\d!=", text) else text.replace("**", "^")  # fmt: skip

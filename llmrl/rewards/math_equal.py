@@ -41,7 +41,7 @@ def equal(gold: Node, answer: Node) -> bool | None:
         return _equal(gold, answer)
     except TooLarge:
         return False
-    except NoValue:
+    except (NoValue, RecursionError):
         return None
 
 
@@ -227,13 +227,14 @@ def _both(node: Node) -> list[Node]:
     return [_signed(node, 1), _signed(node, -1)]
 
 
-def _signed(node: Node, sign: int) -> Node:
-    if node[0] == "pm":
+def _signed(node: Any, sign: int) -> Any:
+    """The node, or the tuple of nodes, with each plus-or-minus in it as the one or the other."""
+    if not isinstance(node, tuple):
+        return node
+    if node and node[0] == "pm":
         inner = _signed(node[2], sign)
         return inner if node[1] * sign > 0 else ("neg", inner)
-    if node[0] == "fn":
-        return ("fn", node[1], tuple(_signed(a, sign) for a in node[2]))
-    return tuple(_signed(n, sign) if isinstance(n, tuple) and n and isinstance(n[0], str) else n for n in node)
+    return tuple(_signed(n, sign) for n in node)
 
 
 def _matrices(gold: Node, answer: Node) -> bool:
@@ -273,7 +274,8 @@ def _collections(gold: Node, answer: Node) -> bool | None:
     tuples = gold[0] == "tuple", answer[0] == "tuple"
     if all(tuples):
         # Brackets tell intervals apart; those have been compared, so that here they matter only for pairs.
-        if len(gold[3]) == 2 == len(answer[3]) and gold[1:3] != answer[1:3]:
+        # A list of named values is none.
+        if len(gold[3]) == 2 == len(answer[3]) and len(gold) == len(answer) == 4 and gold[1:3] != answer[1:3]:
             return False
         if len(gold) == len(answer) == 5:
             return _same_elements(

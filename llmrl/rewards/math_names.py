@@ -16,7 +16,7 @@ ALIASES = {
     "asin": "arcsin", "acos": "arccos", "atan": "arctan", "asinh": "arcsinh", "acosh": "arccosh", "atanh": "arctanh", "arsinh": "arcsinh",
     "arcosh": "arccosh", "artanh": "arctanh", "cosec": "csc", "ceiling": "ceil", "binomial": "binom", "sign": "sgn", "lg": "log10",
     "acoth": "arccoth", "asech": "arcsech", "acsch": "arccsch", "atan2": "arctan2", "acot": "arccot", "asec": "arcsec", "acsc": "arccsc",
-    "Abs": "abs", "Max": "max", "Min": "min", "re": "Re", "im": "Im", "sum": "summation", "Sum": "summation",
+    "Abs": "abs", "Max": "max", "Min": "min", "re": "Re", "im": "Im", "C": "binom", "nCr": "binom", "P": "permutations", "nPr": "permutations", "sum": "summation", "Sum": "summation",
 }  # fmt: skip
 GREEK = (
     "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
@@ -28,31 +28,15 @@ PLAIN_NAMES = sorted(
 )
 CALLED = {"re", "im", "sum", "Sum"}
 """Functions where a bracket follows their names, and letters elsewhere."""
-SPECIAL = {"gamma", "Gamma", "zeta", "beta"}
+SPECIAL = {"gamma", "Gamma", "zeta", "beta", "C", "nCr", "P", "nPr"}
 """Symbols, or functions where a bracket follows: both are tried."""
 RELATIONS = {"=": "=", "<": "<", ">": ">", r"\leq": "<=", r"\geq": ">=", r"\neq": "!=", r"\approx": "=", r"\equiv": "=", r"\in": "in", r"\to": "=", r"\Rightarrow": "=", r"\implies": "="}  # fmt: skip
 SETS = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "setminus"}
 DECORATIONS = {"bar", "hat", "vec", "dot", "ddot", "tilde", "overline", "overrightarrow", "underline", "mathbf", "mathbb", "widehat", "angle", "triangle", "nabla", "partial"}  # fmt: skip
 ENGLISH = {
-    "is",
-    "it",
-    "so",
-    "we",
-    "of",
-    "if",
-    "the",
-    "are",
-    "not",
-    "for",
-    "all",
-    "any",
-    "has",
-    "its",
-    "per",
-    "one",
-    "but",
-    "was",
-}
+    "is", "it", "so", "we", "of", "if", "the", "are", "not", "for", "all", "any", "has", "its", "per", "one", "but", "was", "plus", "minus", "times",
+    "over", "since", "using", "single", "sine", "cosine", "cost", "tank", "expect",
+}  # fmt: skip
 PLUS = ("+", "-", r"\pm", r"\mp")
 STOPS = {r"\lor", r"\land", r"\mid", r"\rangle", r"\rfloor", r"\rceil", r"\end", r"\pm", r"\mp", r"\times", r"\cdot", r"\\", r"\}", *RELATIONS, *SETS}  # fmt: skip
 CLOSERS = {"(": ")]", "[": ")]", r"\{": (r"\}",), r"\langle": (r"\rangle",)}

@@ -196,7 +196,7 @@ class _Parser:
                     self.i = found.end()
                     return ("add", node, _fraction(int(found[1]), int(found[2])))
                 raise NotRead("two numbers side by side")
-        if (token.isdigit() or token == ".") and not self.s[: self.i][-1:].isspace():
+        if (token.isdigit() or token == ".") and self.s[: self.i][-1:] not in (" ", "!"):
             raise NotRead("a number after a factor")
         return ("mul", node, self.power())
 
@@ -323,6 +323,13 @@ class _Parser:
         places = len(digits.partition(".")[2]) if "." in digits else None
         if places == 0 and found[0].endswith("."):
             places = None
+        dots = re.compile(r"\s*(?:\.\.\.|\\(?:ldots|dots|cdots)(?![A-Za-z]))").match(self.s, self.i) if places else None
+        if dots is not None:
+            cycle = re.search(r"(\d{1,6}?)\1+$", digits)
+            if cycle is None or len(cycle[0]) > (places or 0):
+                raise NotRead("digits that go on, nobody knows how")
+            self.i = dots.end()
+            return ("num", value + Fraction(int(cycle[1]), 10 ** (places or 0) * (10 ** len(cycle[1]) - 1)), None)
         if places is not None and (
             again := re.compile(r"\\(?:overline|bar|dot)\s*\{?\s*(\d{1,40})\s*\}?|\((\d{1,40})\)(?![\d(])").match(
                 self.s, self.i
@@ -416,6 +423,8 @@ class _Parser:
     def subscripted(self, node: Node) -> Node:
         """Subscripts are part of a name; nothing is computed in them."""
         found = re.compile(r"\s*_\s*(?:\{([^{}]{1,40})\}|([A-Za-z0-9]+|\\[a-zA-Z]+))").match(self.s, self.i)
+        if found is None and node[0] == "sym" and "\\" not in self.s:
+            found = re.compile(r"(\d{1,2})()(?![\d.])").match(self.s, self.i)  # v0
         if found is None:
             return node
         self.i = found.end()

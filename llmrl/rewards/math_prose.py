@@ -15,6 +15,7 @@ _CODA = re.compile(
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[<])|<\|")
 _LETTER = re.compile(r"\(([A-J])\)|(?<![A-Za-z'$\\(])([B-HJ]|A(?! [a-z]))(?![A-Za-z'])")
 _DENIAL = re.compile(r"\b(?:not|never|neither|nor|except|unlike|no)\b|n't\b|\?", re.IGNORECASE)
+_NOT_SO = re.compile(r"(?:\bnot|n't|\bnever|\bcannot)(?: be| equal(?: to)?)?[\s$(]*$", re.IGNORECASE)
 _JOIN = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
 _SEGMENT = re.compile(r"\$\$([^$]+)\$\$|(?<!\\)\$((?:\\\$|[^$])+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _TAIL = re.compile(
@@ -44,7 +45,11 @@ def spoken_answer(text: str, *, words: bool = False, numeric: bool = False) -> s
     last = _SENTENCE_END.split(text[-600:].rstrip().rsplit("\n", 1)[-1])[-1]
     if segments is None and not re.search(r"\d", last):
         last = text[-600:].rstrip().rsplit("\n", 1)[-1]
-    ends = [last[m.end() :] for m in reversed(list(_TAIL.finditer(last)))][:MAX_TAILS]
+    tails = list(reversed(list(_TAIL.finditer(last))))[:MAX_TAILS]
+    for tail in tails:  # all of "x = 2 and y = 3", rather than the 3
+        if tail[0][0].isalpha() and reading(last[tail.end() :]).formula:
+            return last[tail.end() :]
+    ends = [last[m.end() :] for m in tails]
     for short in [False, True] if words else [False]:
         for end in ends:
             if (found := first_answer(end, words=short)) is not None:
@@ -58,8 +63,14 @@ def spoken_answer(text: str, *, words: bool = False, numeric: bool = False) -> s
 
 def choice_in(text: str) -> str | None:
     """The last capital letter from A to J that stands for a choice in a text; "A" and "I" as words are none."""
-    letters = [m[1] or m[2] for m in _LETTER.finditer(text[-2000:])]
+    text = text[-2000:]
+    letters = [m[1] or m[2] for m in _LETTER.finditer(text) if not denied(text, m.start())]
     return letters[-1] if letters else None
+
+
+def denied(text: str, start: int) -> bool:
+    """Whether what begins at `start` is said not to be so: "it is not 36"."""
+    return _NOT_SO.search(text[max(0, start - 40) : start]) is not None
 
 
 def ends_with_words(text: str, words: str) -> bool:
@@ -78,12 +89,12 @@ def marked_sentence(text: str, *, words: bool = False) -> tuple[str | None, str]
 
 def _last_formula(line: str) -> str | None:
     """The formula that a line ends with, after a word: of "we obtain the probability 1/2" the end."""
-    starts = [m.end() for m in re.finditer(r"(?<=[A-Za-z]{2})[:,]? +", line)][-10:]
+    starts = [m.end() for m in re.finditer(r"(?:(?<=[A-Za-z]{2})|i\.e\.)[:,]? +", line)][-10:]
     for start in starts:
         end = line[start:].rstrip(" .")
         if re.search(r"[\\=^{}]", line[:start]):
             break  # inside a formula
-        if re.search(r"\d", end) and reading(end).formula:
+        if re.search(r"\d", end) and not re.match(r"[a-z]{2,} ", end) and reading(end).formula:
             return end
     return None
 

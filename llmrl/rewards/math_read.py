@@ -24,7 +24,9 @@ _FORMULA_WORDS = re.compile(
 )
 _NOT_THERE = {"dne", "does not exist", "doesn't exist", "the limit does not exist", "limit does not exist"}
 _REALS = {"all real numbers", "all reals", "real numbers", "the real numbers", "all real x", "all real values"}
-_SPECIAL = re.compile(r"(?:[gG]amma|zeta|beta) ?\(")
+_SPECIAL = re.compile(r"(?:[gG]amma|zeta|beta) ?\(|(?<![A-Za-z])n?[CP]r?\([^,()]+,[^,()]+\)")
+_CHOOSE = re.compile(r"(?<![\w.])(\d{1,4}) ?C ?(\d{1,4})(?![\w.])")
+_DIGIT_FACTOR = re.compile(r"(?<=[A-Za-z])(?=\d)")
 _UNDEFINED = {"undefined", "not defined", "is undefined"}
 
 
@@ -77,7 +79,7 @@ def reading(text: str) -> Reading:
 
 
 def _trees(text: str) -> tuple[Node, ...]:
-    cleaned = clean(text).rstrip(" .,;")
+    cleaned = re.sub(r"[ ,;]*(?<!\.)\.?[ ,;]*$", "", clean(text))  # an ellipsis stays
     out: list[Node] = []
     ways: list[tuple[str, dict[str, bool]]] = [(cleaned, {})]
     if re.search(r"\d,\d{3}(?!\d)", cleaned):
@@ -86,6 +88,10 @@ def _trees(text: str) -> tuple[Node, ...]:
         ways.append((cleaned, {"special": True}))
     if "+-" in cleaned:
         ways.append((cleaned.replace("+-", r"\pm "), {}))
+    if _CHOOSE.search(cleaned):
+        ways.append((_CHOOSE.sub(r"\\binom{\1}{\2}", cleaned), {}))
+    if "\\" not in cleaned and _DIGIT_FACTOR.search(cleaned):
+        ways.append((_DIGIT_FACTOR.sub("*", cleaned), {}))  # xx3, where x3 is read as a name first
     for way, options in ways:
         try:
             tree = parse(way, **options)

@@ -256,6 +256,8 @@ def _call(name: str, args: list[Value], at: Point) -> Value:
         return (max if name == "max" else min)(args, key=_mp)
     if name == "binom" and len(args) == 2:
         return _binomial(*args)
+    if name == "permutations" and len(args) == 2:
+        return _combine(_factorial(args[0]), _factorial(_combine(args[0], args[1], operator.sub)), operator.truediv)
     if name == "log" and len(args) == 2:
         return mp.log(_mp(args[0])) / mp.log(_mp(args[1]))
     if name == "arctan2" and len(args) == 2:
