@@ -20,6 +20,9 @@ import pytest
 
 START_SECONDS = 500
 MAX_MODEL_LEN = 512
+JUDGE_LEN = 4096  # such a small vocabulary writes a judge's prompt with many tokens
+# Spaces between the parts of an object are free, and an untrained model would write nothing else.
+JUDGE_ARGS = ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
 MAX_LORA_RANK = 16
 
 TEXTS = [f"{a} + {b} = {a + b}; {a} times {b} is {a * b}" for a in range(12) for b in range(12)] + [
@@ -31,7 +34,7 @@ TEXTS = [f"{a} + {b} = {a + b}; {a} times {b} is {a * b}" for a in range(12) for
 
 @dataclass
 class RunningServer:
-    """A server that answers. After `stop` or `kill`, `start` starts it again on the same port, which takes a minute."""
+    """A server that answers. After `stop` or `crash`, `start` starts it again on the same port, which takes a minute."""
 
     url: str
     token: str
@@ -45,16 +48,6 @@ class RunningServer:
         return {"Authorization": f"Bearer {self.token}"}
 
     def start(self) -> None:
-        self.launch()
-        try:
-            self._wait()
-            self._first_request()
-        except BaseException:
-            self.stop()
-            raise
-
-    def launch(self) -> None:
-        """Starts its process, and does not wait for it."""
         environment = {
             **os.environ,
             "LLMRL_SERVER_TOKEN": self.token,
@@ -66,6 +59,12 @@ class RunningServer:
             self.process = subprocess.Popen(
                 self.command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
             )
+        try:
+            self._wait()
+            self._first_request()
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Ends the server as a user would, and checks that it leaves no process behind."""
@@ -95,13 +94,6 @@ class RunningServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group.pid, signal.SIGKILL)
         assert not orphans, f"SIGKILL left processes of the server behind:\n{self.tail()}"
-
-    def kill(self) -> None:
-        """Ends it and all its processes at once, as a crash of the machine would."""
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
-        self.process = None
 
     def _wait(self) -> None:
         assert self.process is not None
@@ -150,18 +142,15 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def make_server(model: Path, directory: Path) -> RunningServer:
-    """A server that is not started; its log is in `directory`."""
+def _running(model: Path, directory: Path, length: int = MAX_MODEL_LEN, *more: str) -> Iterator[RunningServer]:
+    """A server for prompts and answers of so many tokens; its log is in `directory`."""
     port = free_port()
     command = [
         sys.executable, "-m", "llmrl.cli", "serve", "--model", str(model), "--port", str(port), "--dtype", "float32",
-        "--max-model-len", str(MAX_MODEL_LEN), "--max-lora-rank", str(MAX_LORA_RANK), "--", "--enforce-eager",
+        "--max-model-len", str(length), "--max-lora-rank", str(MAX_LORA_RANK), "--", "--enforce-eager", *more,
     ]  # fmt: skip
-    return RunningServer(f"http://127.0.0.1:{port}", secrets.token_urlsafe(), model, directory / "server.log", command)
-
-
-def _running(model: Path, directory: Path) -> Iterator[RunningServer]:
-    server = make_server(model, directory)
+    log = directory / "server.log"
+    server = RunningServer(f"http://127.0.0.1:{port}", secrets.token_urlsafe(), model, log, command)
     server.start()
     try:
         yield server
@@ -182,7 +171,7 @@ def vllm_model(tmp_path_factory) -> Path:
         num_layers=2,
         num_heads=2,
         num_kv_heads=1,
-        max_position_embeddings=1024,
+        max_position_embeddings=JUDGE_LEN,
     )
 
 
@@ -194,7 +183,14 @@ def vllm_server(vllm_model, tmp_path_factory) -> Iterator[RunningServer]:
 
 
 @pytest.fixture(scope="session")
-def second_vllm_server(vllm_model, tmp_path_factory) -> Iterator[RunningServer]:
-    """Another one, with the same model and a token of its own."""
+def _second_server(vllm_model, tmp_path_factory) -> Iterator[RunningServer]:
     require_vllm()
-    yield from _running(vllm_model, tmp_path_factory.mktemp("second_vllm_server"))
+    yield from _running(vllm_model, tmp_path_factory.mktemp("second_vllm_server"), JUDGE_LEN, *JUDGE_ARGS)
+
+
+@pytest.fixture
+def second_vllm_server(_second_server) -> RunningServer:
+    """Another one, with the same model, a token of its own and room for a judge's prompt; a test may leave it ended."""
+    if _second_server.process is None:
+        _second_server.start()
+    return _second_server

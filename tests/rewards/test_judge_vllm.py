@@ -6,12 +6,10 @@ import pytest
 
 from llmrl.config.reward import RewardSpec
 from llmrl.config.rubric import JudgeSettings
-from llmrl.models.init import init_model
 from llmrl.rewards import RewardRunner
 from llmrl.rewards.tally import Tally
 from llmrl.types import Completion, Prompt, Rollout
 from tests.rewards.conftest import rollouts
-from tests.servers import TEXTS, make_server, require_vllm
 
 RUBRIC = """
 criteria:
@@ -21,33 +19,9 @@ instructions: Be strict.
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """As `vllm_server`, but with room for a judge's prompt, which such a small vocabulary writes with many tokens."""
-    require_vllm()
-    directory = tmp_path_factory.mktemp("judge_server")
-    model = init_model(
-        directory / "model", texts=TEXTS, vocab_size=512, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1,
-        max_position_embeddings=4096,
-    )  # fmt: skip
-    running = make_server(model, directory)
-    command = list(running.command)
-    command[command.index("--max-model-len") + 1] = "4096"
-    # Spaces between the parts of an object are free, and an untrained model would write nothing else.
-    running.command = [
-        *command,
-        "--structured-outputs-config",
-        '{"backend": "xgrammar", "disable_any_whitespace": true}',
-    ]
-    running.start()
-    try:
-        yield running
-    finally:
-        running.stop()
-
-
 @pytest.fixture
-def settings(server, monkeypatch):
+def settings(second_vllm_server, monkeypatch):
+    server = second_vllm_server
     monkeypatch.setenv("JUDGE_KEY", server.token)
     return {"base_url": server.url, "model": str(server.model), "api_key_env": "JUDGE_KEY", "max_tokens": 96,
             "timeout": 120.0, "concurrency": 4}  # fmt: skip
@@ -68,7 +42,7 @@ def test_constrained_verdicts(settings, tmp_path):
         metrics = tally.metrics()
         assert [s.outcomes for s in scored] == [{"quality": "score"}] * 3
         assert all(0 <= s.reward <= 1 for s in scored)
-        # An untrained model writes noise: that every verdict parses at once is the work of the schema.
+        # Such a model writes noise: that every verdict parses at once is the work of the schema.
         assert metrics["judge/quality/asked_again"] == 0
         assert metrics["judge/quality/requests"] == 6
         assert metrics["judge/quality/tokens"] > 6 * 100
