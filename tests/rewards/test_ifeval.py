@@ -133,6 +133,54 @@ def test_every_type_is_tested():
     assert {name for name, *_ in CASES} == set(CHECKS) and len(CHECKS) == 25
 
 
+# Responses that only the loose mode accepts. Placeholders and highlights have none: taking lines or asterisks away adds neither.
+LOOSE = [
+    ("keywords:existence", {"keywords": ["dog"]}, "d*o*g"),
+    ("keywords:frequency", {"keyword": "war", "frequency": 2, "relation": "less than"}, "war\nwar"),
+    ("keywords:forbidden_words", {"forbidden_words": ["rock"]}, "On your rock:\nfine"),
+    ("keywords:letter_frequency", {"letter": "t", "let_frequency": 2, "let_relation": "less than"}, "tt\nt"),
+    ("language:response_language", {"language": "de"}, f"{ENGLISH} {ENGLISH}\n{GERMAN}"),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "Sure:\n***\none\n***\ntwo"),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "Here it is:\na b"),
+    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "less than"}, "Here it is.\nOnly one."),
+    (
+        "length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "elm"},
+        "Sure.\n\na\n\nelm",
+    ),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "P*.S.* bye"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "- Sure\n- one"),
+    ("detectable_format:constrained_response", {}, "My answer is *yes*."),
+    ("detectable_format:multiple_sections", {"section_spliter": "Part", "num_sections": 2}, "Part *1* a Part 2"),
+    ("detectable_format:json_format", {}, "Here:\n{}"),
+    ("detectable_format:title", {}, "<*<a day>*>"),
+    ("combination:two_responses", {}, "Here:\n******\na\n******\nb"),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Write a haiku."}, "Sure:\nWrite a haiku.\nx"),
+    ("startend:end_checker", {"end_phrase": "The end"}, "The end\nBye"),
+    ("startend:quotation", {}, 'Sure:\n"a"'),
+    ("change_case:english_capital", {}, f"Sure:\n{ENGLISH.upper()}"),
+    ("change_case:english_lowercase", {}, f"Sure:\n{ENGLISH}"),
+    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "less than"}, "NASA\nESA"),
+    ("punctuation:no_comma", {}, "Sure, here:\nfine"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kwargs", "text"), LOOSE, ids=lambda v: v if isinstance(v, str) and ":" in v else "")
+def test_each_type_in_the_loose_mode(name, kwargs, text):
+    if name in USE_LANGUAGES:
+        pytest.importorskip("langdetect")
+    asked = read_instructions([name], [kwargs])[0]
+    assert follows(text, asked, loose=True) and not follows(text, asked)
+    refused = [
+        t for case, given, _, bad in CASES if case == name for t in bad if not follows(t, (case, given), loose=True)
+    ]
+    assert refused  # it does not accept everything
+
+
+def test_every_type_that_can_is_tested_in_the_loose_mode():
+    impossible = {"detectable_content:number_placeholders", "detectable_format:number_highlighted_sections"}
+    assert {name for name, *_ in LOOSE} == set(CHECKS) - impossible
+
+
 def test_the_loose_mode():
     text = "Sure:\n*one*\nBye, you"
     assert variants(text)[:4] == [text, "*one*\nBye, you", "Sure:\n*one*", "*one*"]
