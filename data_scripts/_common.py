@@ -21,12 +21,13 @@ from llmrl.evaluation.benchmarks import load_spec, shipped
 Rows = Iterable[dict[str, Any]]
 
 
-def parser(doc: str | None, source: str | None = None, split: str | None = None) -> argparse.ArgumentParser:
-    """The arguments that scripts share: --source and --split of what is read, --output, and --decontaminate."""
+def parser(doc: str | None, source: str | None = None, split: str = "train", name: str | None = None) -> argparse.ArgumentParser:  # fmt: skip
+    """The arguments that scripts share: --source, --split and --name of what is read, --output, and --decontaminate."""
     made = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     if source is not None:
         made.add_argument("--source", default=source, help="hub id, or a local raw file (.json, .jsonl, .parquet, also .gz) (default: %(default)s)")  # fmt: skip
-        made.add_argument("--split", default=split or "train", help="of the hub data set (default: %(default)s)")
+        made.add_argument("--split", default=split, help="of the hub data set (default: %(default)s)")
+        made.add_argument("--name", default=name, help="configuration of the hub data set, '' for none (default: %(default)s)")  # fmt: skip
     made.add_argument("--output", required=True, help="the JSON Lines file to write")
     made.add_argument("--decontaminate", nargs="+", metavar="PATH", help="evaluation sets, files or folders of them: rows that are close to one are dropped and listed")  # fmt: skip
     return made
@@ -47,7 +48,7 @@ def read(source: str, *, name: str | None = None, folder: str | None = None, spl
     else:
         from datasets import load_dataset
 
-        yield from load_dataset(source, name, data_dir=folder, split=split)
+        yield from load_dataset(source, name or None, data_dir=folder, split=split)
 
 
 def _local(path: Path) -> Iterator[dict[str, Any]]:
@@ -66,9 +67,9 @@ def benchmark(doc: str | None, name: str, args: argparse.Namespace | None = None
     """Writes a benchmark's problems as its file in llmrl/evaluation/specs says; a row that can't be used ends the script."""
     spec = load_spec(name)
     first = spec.data[0]
-    args = args or parser(doc, first.path, first.split).parse_args()
-    sources = [DatasetSource(path=args.source, name=first.name, split=args.split)]
-    if (args.source, args.split) == (first.path, first.split):
+    args = args or parser(doc, first.path, first.split, first.name).parse_args()
+    sources = [DatasetSource(path=args.source, name=args.name or None, split=args.split)]
+    if (args.source, args.split, args.name) == (first.path, first.split, first.name):
         sources = spec.data
     rows = (row for s in sources for row in read(s.path, name=s.name, split=s.split))
     made = []
@@ -83,10 +84,10 @@ def benchmark(doc: str | None, name: str, args: argparse.Namespace | None = None
     write(made, args)
 
 
-def training_set(doc: str | None, converter: convert.Converter, source: str, *, split: str = "train", name: str | None = None) -> None:  # fmt: skip
+def training_set(doc: str | None, converter: convert.Converter, source: str, *, split: str = "train") -> None:
     """Writes a training set, converted, without duplicates."""
     args = parser(doc, source, split).parse_args()
-    write(unique(converted(read(args.source, name=name, split=args.split), converter)), args)
+    write(unique(converted(read(args.source, name=args.name, split=args.split), converter)), args)
 
 
 def puzzles(doc: str | None, kind: str) -> None:

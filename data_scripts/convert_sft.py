@@ -16,4 +16,4 @@ if __name__ == "__main__":
     )
     args = made.parse_args()
     to_record = partial(conversation, prefix=args.prefix, source=args.prefix)
-    write(unique(converted(read(args.source, split=args.split), to_record)), args)
+    write(unique(converted(read(args.source, name=args.name, split=args.split), to_record)), args)

@@ -9,8 +9,8 @@ from _common import benchmark, converted, parser, read, unique, write
 from llmrl.data.convert_train import gsm8k
 
 if __name__ == "__main__":
-    args = parser(__doc__, "openai/gsm8k").parse_args()
+    args = parser(__doc__, "openai/gsm8k", name="main").parse_args()
     if args.split == "test":
         benchmark(__doc__, "gsm8k", args)
     else:
-        write(unique(converted(read(args.source, name="main", split=args.split), gsm8k)), args)
+        write(unique(converted(read(args.source, name=args.name, split=args.split), gsm8k)), args)

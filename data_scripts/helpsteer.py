@@ -11,8 +11,8 @@ from _common import converted, parser, read, unique, write
 from llmrl.data.convert_train import helpsteer
 
 if __name__ == "__main__":
-    args = parser(__doc__, "nvidia/HelpSteer3").parse_args()
+    args = parser(__doc__, "nvidia/HelpSteer3", name="preference").parse_args()
     second = "HelpSteer2" in args.source
-    of_hub = {"folder": "preference", "split": "train"} if second else {"name": "preference", "split": args.split}
+    of_hub = {"folder": "preference", "split": "train"} if second else {"name": args.name, "split": args.split}
     rows = (row for row in read(args.source, **of_hub) if row.get("split", args.split) == args.split)
     write(unique(converted(rows, helpsteer)), args)

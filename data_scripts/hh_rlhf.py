@@ -16,5 +16,5 @@ if __name__ == "__main__":
         "--subset", default="harmless-base", help="folder of the hub data set; of a local file its name in ids"
     )
     args = made.parse_args()
-    rows = read(args.source, folder=args.subset, split=args.split)
+    rows = read(args.source, name=args.name, folder=args.subset, split=args.split)
     write(unique(converted(rows, hh_rlhf(args.subset, args.split))), args)

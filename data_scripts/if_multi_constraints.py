@@ -19,4 +19,4 @@ def usable(row: dict) -> str | None:
 
 if __name__ == "__main__":
     args = parser(__doc__, "allenai/IF_multi_constraints_upto5").parse_args()
-    write(unique(converted(read(args.source, split=args.split), if_multi_constraints, usable)), args)
+    write(unique(converted(read(args.source, name=args.name, split=args.split), if_multi_constraints, usable)), args)

@@ -15,6 +15,6 @@ SUBJECTS = ["algebra", "counting_and_probability", "geometry", "intermediate_alg
 
 if __name__ == "__main__":
     args = parser(__doc__, "EleutherAI/hendrycks_math").parse_args()
-    names = [None] if Path(args.source).is_file() else SUBJECTS
+    names = [args.name] if args.name is not None or Path(args.source).is_file() else SUBJECTS
     rows = (row for name in names for row in read(args.source, name=name, split=args.split))
     write(unique(converted(rows, math)), args)

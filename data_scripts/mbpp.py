@@ -9,8 +9,8 @@ from _common import benchmark, converted, parser, read, unique, write
 from llmrl.data.convert_train import mbpp
 
 if __name__ == "__main__":
-    args = parser(__doc__, "google-research-datasets/mbpp").parse_args()
+    args = parser(__doc__, "google-research-datasets/mbpp", name="sanitized").parse_args()
     if args.split == "test":
         benchmark(__doc__, "mbpp", args)
     else:
-        write(unique(converted(read(args.source, name="sanitized", split=args.split), mbpp)), args)
+        write(unique(converted(read(args.source, name=args.name, split=args.split), mbpp)), args)

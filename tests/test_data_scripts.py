@@ -222,6 +222,13 @@ def test_a_benchmark_from_a_raw_file(script):
         script("math500", rows=[row, {**row, "answer": " "}])
 
 
+def test_another_hub_data_set(script, hub):
+    calls = hub([{"question": "1+1?", "answer": "#### 2"}])
+    for args in (["--split", "train"], ["--split", "test"]):
+        script("gsm8k", "--source", "me/gsm8k", "--name", "", *args)
+    assert calls == [("me/gsm8k", None, None, "train"), ("me/gsm8k", None, None, "test")]
+
+
 def test_mbpp_keeps_training_and_test_apart(script):
     rows = [{"task_id": n, "prompt": f"{n}", "code": "", "test_imports": [], "test_list": ["assert f()"]} for n in (5, 11, 601)]  # fmt: skip
     assert [r["id"] for r in script("mbpp", rows=rows)[0]] == ["mbpp/601"]

@@ -15,6 +15,7 @@ from tests.rewards.conftest import rollout
 
 TESTS = json.dumps(["assert double(2) == 4", "assert double(0) == 0"])
 GOOD, BAD = "```python\ndef double(x):\n    return 2 * x\n```", "```python\ndef double(x):\n    return x\n```"
+HUMAN_EVAL = {"entry_point": "double", "test": "def check(candidate):\n    assert candidate(2) == 4\n"}
 INSTRUCTIONS = "[{'instruction_id': ['punctuation:no_comma', 'startend:quotation'], 'kwargs': [None, None]}]"
 
 
@@ -97,6 +98,7 @@ def test_a_mixture_in_workers():
         (GOOD, {"verifier": "code", "answer": TESTS}, 1.0),
         (BAD, {"verifier": "code_tests", "answer": "", "tests": json.loads(TESTS)}, 0.5),
         ("```python\nprint(int(input()) + 1)\n```", {"verifier": "code_stdio", "answer": [{"input": "1", "output": "2"}]}, 1.0),
+        ("    return 2 * x\n", {"verifier": "code_tests", "code_prompt": "def double(x):\n", **HUMAN_EVAL}, 1.0),
         (r"\boxed{\frac{2}{4}}", {"verifier": "math", "answer": "0.5"}, 1.0),
         ("(C)", {"verifier": "multiple_choice", "answer": "B"}, 0.0),
     ]  # fmt: skip
