@@ -1,68 +1,77 @@
-"""`llmrl eval --model M --data FILE --n 4 [--output R.json] [key=value ...]`: accuracy of a model, by the same scorers as training."""
+"""`llmrl eval --model M --benchmark math500,aime24 [--output DIR] [key=value ...]`: how often a model is right, by the scorers of training."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from llmrl.cli import how_many
 from llmrl.cli.recipe import print_keys, split_config, wants_help
 from llmrl.config.evaluation import EvalConfig
 from llmrl.config.load import load_recipe
 from llmrl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmrl.evaluation.runner import EvalResult
+    from llmrl.evaluation.result import EvalResult
 
 _FLAGS = {
     "--model": "model_name_or_path",
     "-m": "model_name_or_path",
+    "--benchmark": "benchmark",
+    "-b": "benchmark",
     "--data": "data",
     "-d": "data",
+    "--data-dir": "data_dir",
+    "--template": "template",
+    "--predictions": "predictions",
     "--n": "n",
     "-n": "n",
     "--output": "output",
     "-o": "output",
 }
-_USAGE = """usage: llmrl eval --model M --data FILE --n 4 [--output R.json] [--config RECIPE] [key=value ...]
+_WIDTH = 110
+"""Characters that the table may need; a narrow terminal wraps its lines rather than losing digits."""
+_SWITCHES = {"--allow-missing": "allow_missing", "--overwrite": "overwrite"}
+_USAGE = """usage: llmrl eval --model M --benchmark NAME[,NAME ...] [--data-dir DIR] [--template T] [--n K] [--output FILE|DIR] [key=value ...]
+       llmrl eval --model M --data FILE [--n K] [--output FILE|DIR] [key=value ...]
+       llmrl eval --benchmark NAME --predictions FILE [--data-dir DIR] [--allow-missing] --output FILE
+       llmrl eval --how-many MARGIN --benchmark NAME [--accuracy P] [--result FILE]    how many samples a 95% interval of +- MARGIN needs
 
+  llmrl eval --model runs/grpo/model --benchmark math500,aime24 --output results
+  llmrl eval --model Qwen/Qwen2.5-1.5B --benchmark gsm8k --template plain --n 1 temperature=0
+  llmrl eval --model M --benchmark math500 rollout.engine=vllm_server 'rollout.urls=[http://127.0.0.1:8000]'
   llmrl eval --model runs/sft/model --data problems.jsonl --n 4 temperature=0.7 data.0.columns.prompt=question
 
---model, --data, --n and --output stand for model_name_or_path=, data=, n= and output=.
+With --output every sample is written down as it finishes: the same command goes on from there after a kill. --overwrite throws away what
+another evaluation left under that name. Flags stand for keys: --model for model_name_or_path=, --data-dir for data_dir=, ...
 """
 
 
 def run(argv: Sequence[str]) -> int:
     """Evaluates, prints a table, and writes the results where `output` says. What is wrong with the arguments is said at once."""
+    if how_many.asked_for(argv):
+        return how_many.run(argv)
     if wants_help(argv):
+        from llmrl.evaluation.benchmarks import shipped
+
         print(_USAGE)
+        print(f"Benchmarks that come with llmrl: {', '.join(shipped())}\n")
         print_keys("eval")
         return 0
     path, rest = split_config(argv)
     config = load_recipe("eval", path, _as_overrides(rest))
-    if config.output:
-        _check_output(Path(config.output))
-    result = evaluate_model(config, progress=True)
-    print_result(result, config)
-    if config.output:
-        print(f"results: {result.save(config.output)}")
+    console = Console()
+    results = evaluate_model(config, console=console)
+    print_results(results, console)
+    for result in results:
+        if result.path is not None:
+            console.print(f"{result.benchmark}: {result.path}", markup=False, soft_wrap=True)
     return 0
-
-
-def _check_output(path: Path) -> None:
-    """A long evaluation must not end in a file that can't be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output: {path.parent} can't be made ({error}); give the path of a new file") from error
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"output: {path} can't be written; give the path of a file, such as results.json")
 
 
 def _as_overrides(argv: Sequence[str]) -> list[str]:
@@ -71,6 +80,9 @@ def _as_overrides(argv: Sequence[str]) -> list[str]:
     args = iter(argv)
     for arg in args:
         name, equals, value = arg.partition("=")
+        if arg in _SWITCHES:
+            flags.append(f"{_SWITCHES[arg]}=true")
+            continue
         if name not in _FLAGS:
             overrides.append(arg)
             continue
@@ -78,121 +90,74 @@ def _as_overrides(argv: Sequence[str]) -> list[str]:
         if given is None or given == "":
             raise ConfigError(f"{name} needs a value, such as {name} {'4' if _FLAGS[name] == 'n' else 'PATH'}")
         # A path is quoted, because an override of `data` is YAML, which would read some file names as something else.
-        flags.append(f"{_FLAGS[name]}={json.dumps(given) if _FLAGS[name] == 'data' else given}")
+        quoted = _FLAGS[name] in ("data", "benchmark")
+        flags.append(f"{_FLAGS[name]}={json.dumps(given) if quoted else given}")
     return flags + overrides
 
 
-def evaluate_model(config: EvalConfig, *, progress: bool = False) -> EvalResult:
-    """Loads model, problems and scorer, and evaluates; every problem counts, also one whose prompt had to be cut."""
-    from llmrl.evaluation.judges import LocalJudges
-    from llmrl.data.build import prompts_from_rows
-    from llmrl.data.sources import load_rows
-    from llmrl.evaluation.runner import evaluate
-    from llmrl.rewards.runner import RewardRunner
-    from llmrl.train.launch import local_device
+def evaluate_model(config: EvalConfig, *, console: Console | None = None) -> list[EvalResult]:
+    """A result a benchmark (one, for `data`); `console` is where progress and notes go."""
+    from llmrl.evaluation.run import run_evaluation
 
-    rows = load_rows(config.data, seed=0)  # the same problems whatever the sampling seed
-    allowed = config.allow_code_execution
-    device = local_device()
-    with RewardRunner(
-        [config.scorer],
-        on_error="skip",
-        workers=2,
-        device=device,
-        allow_code_execution=allowed,
-        make_judge=LocalJudges(device),
-    ) as scorer:
-        tokenizer, engine = _engine(config)
-        prompts, report = prompts_from_rows(
-            rows,
-            tokenizer,
-            system_prompt=config.system_prompt,
-            max_prompt_length=config.max_prompt_length,
-            on_overlong="truncate",
-        )
-        bad = scorer.check_golds(prompts)
-        settings = {
-            "model": config.model_name_or_path,
-            "data": [source.path for source in config.data],
-            "config": config.model_dump(mode="json"),
-            "truncated_prompts": report.truncated,
-            "notes": list(report.notes),
-            "unusable_answers": [{"id": b.prompt_id, "reason": b.reason} for b in bad],
-        }
-        return evaluate(
-            prompts,
-            engine,
-            scorer,
-            n=config.n,
-            sampling=_sampling(config),
-            threshold=config.threshold,
-            batch_size=config.batch_size,
-            manifest=settings,
-            progress=progress,
-        )
+    say: Any = (lambda text: None) if console is None else (lambda text: console.print(f"note: {text}", markup=False))
+    return run_evaluation(config, progress=console is not None, say=say)
 
 
-def _sampling(config: EvalConfig) -> Any:
-    from llmrl.types import Sampling
-
-    return Sampling(
-        max_tokens=config.max_completion_length,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        seed=config.seed,
-    )
-
-
-def _engine(config: EvalConfig) -> tuple[Any, Any]:
-    import torch
-
-    from llmrl.models.load import load_policy, stop_token_ids
-    from llmrl.rollout.local import LocalEngine
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_policy(config, device=device)
-    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
-    engine = LocalEngine(
-        model,
-        tokenizer,
-        stop_token_ids=stop_token_ids(model, tokenizer),
-        max_batch_tokens=config.rollout.max_batch_tokens,
-        autocast=(lambda: torch.autocast(device.type, dtype=mixed)) if mixed else nullcontext,
-    )
-    return tokenizer, engine
+def print_results(results: Sequence[EvalResult], console: Console) -> None:
+    """A line a benchmark, and what a reader must know about it below."""
+    columns = {
+        "benchmark": lambda r: r.benchmark,
+        "problems": lambda r: f"{len(r.rows)} x {r.samples}",
+        "accuracy": lambda r: f"{r.accuracy:.4f}",
+        "95% interval": lambda r: "{:.3f} to {:.3f}".format(*r.interval),
+        "pass@k": lambda r: _by_k(r.pass_at_k),
+        "maj@k": lambda r: _by_k(r.maj_at_k),
+        "format": lambda r: _share(r.format_rate),
+        "truncated": lambda r: _share(r.truncation_rate),
+        "tokens": lambda r: "" if r.mean_length is None else f"{r.mean_length:.0f}",
+    }
+    cells = {title: [text(result) for result in results] for title, text in columns.items()}
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = {title: column for title, column in cells.items() if any(column)}
+    for title in shown:
+        table.add_column(title, justify="left" if title == "benchmark" else "right", no_wrap=True)
+    for row in zip(*shown.values()):
+        table.add_row(*row)
+    Console(width=max(_WIDTH, console.width)).print(table)
+    for result in results:
+        for line in _remarks(result):
+            console.print(f"{result.benchmark}: {line}", markup=False, soft_wrap=True)
 
 
-def print_result(result: EvalResult, config: EvalConfig) -> None:
-    """The numbers as a table, and what a reader must know about them below it."""
-    low, high = result.interval
-    table = Table(title=f"{config.model_name_or_path} on {', '.join(s.path for s in config.data)}")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    table.add_row("problems x completions", f"{len(result.rows)} x {result.samples}")
-    table.add_row("temperature", f"{config.temperature:g}{'' if config.temperature else ' (greedy)'}")
-    table.add_row("accuracy", f"{result.accuracy:.4f}")
-    table.add_row("95% interval", f"{low:.4f} to {high:.4f}")
-    for k, value in result.pass_at_k.items():
-        if k > 1:
-            table.add_row(f"pass@{k}", f"{value:.4f}")
+def _by_k(values: dict[int, float] | None) -> str:
+    """The value at the largest k, where that is not 1."""
+    k = max(values or {1: 0.0})
+    return f"{values[k]:.3f} @{k}" if values and k > 1 else ""
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _remarks(result: EvalResult) -> list[str]:
+    lines = []
+    sampling = result.manifest.get("sampling", {})
+    if "temperature" in sampling:
+        temperature = sampling["temperature"]
+        lines.append(f"temperature {temperature:g}{'' if temperature else ' (greedy)'}, seed {result.manifest['seed']}")
     if result.reward_interval is not None and any(r not in (0, 1, None) for row in result.rows for r in row["rewards"]):
-        table.add_row("mean score", f"{result.mean_reward:.4f}")
-        table.add_row("95% interval", "{:.4f} to {:.4f}".format(*result.reward_interval))
-    table.add_row("mean length (tokens)", f"{result.mean_length:.1f}")
-    table.add_row("cut by the token limit", f"{result.truncation_rate:.1%}")
-    console = Console()
-    console.print(table)
-    for note in result.manifest.get("notes", ()):
-        console.print(f"note: {note}", markup=False)
+        low, high = result.reward_interval
+        lines.append(f"mean score {result.mean_reward:.4f}, 95% interval {low:.4f} to {high:.4f}")
+    for name in ("acc", "acc_norm"):
+        if name in result.extra:
+            found = result.extra[name]
+            lines.append(f"{name} {found['accuracy']:.4f}, 95% interval {found['low']:.4f} to {found['high']:.4f}")
+    for name, found in result.also.items():
+        interval = "" if found["interval"] is None else ", 95% interval {:.4f} to {:.4f}".format(*found["interval"])
+        lines.append(f"{name} {found['value']:.4f}{interval}")
     if result.failures:
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(result.failures.items()))
-        console.print(f"Without a score, counted as wrong: {listed}")
-    if unusable := result.manifest.get("unusable_answers"):
-        ids = ", ".join(item["id"] for item in unusable[:5])
-        console.print(
-            f"Problems whose reference answer the scorer can't use, counted as wrong: {len(unusable)} ({ids})"
-        )
-    if cut := result.manifest.get("truncated_prompts"):
-        console.print(f"Prompts cut at max_prompt_length {config.max_prompt_length}: {cut}")
+        lines.append(f"without a score, counted as wrong: {listed}")
+    if result.missing:
+        lines.append(f"without a completion, counted as wrong: {len(result.missing)}")
+    return lines

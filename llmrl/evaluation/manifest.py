@@ -37,7 +37,7 @@ def verifier_entry(scorer: RewardSpec, threshold: float = 0.5) -> dict[str, Any]
     own = Path(scorer.function.rpartition(":")[0])
     for file in [*files, *([own] if own.suffix == ".py" and own.is_file() else [])]:
         digest.update(f"{file.name}\n".encode() + file.read_bytes())
-    digest.update(_version("math-verify").encode())
+    digest.update(package_version("math-verify").encode())
     settings = scorer.model_dump(mode="json", exclude_defaults=True)
     function = settings.pop("function", "")
     return {
@@ -62,10 +62,10 @@ def digest_of(text: str | None) -> str | None:
 
 def versions() -> dict[str, str]:
     """The versions that the numbers depend on."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    return {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}}
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -16,6 +16,10 @@ from llmrl.evaluation.votes import format_rate, mean_maj_at_k
 from llmrl.train.files import write_atomically
 
 FORMAT = "llmrl-result/1"
+_KEYS = {
+    "format", "benchmark", "n", "samples", "accuracy", "interval", "pass_at_k", "maj_at_k", "format_rate", "truncation_rate", "mean_length",
+    "mean_reward", "reward_interval", "failures", "breakdown", "also", "missing", "manifest", "per_row",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class EvalResult:
     reads_answers: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the result file."""
+    path: Path | None = None
+    """Where it was saved, or loaded from."""
 
     @property
     def samples(self) -> int:
@@ -115,6 +121,11 @@ class EvalResult:
                 found[column][str(value)] = {"n": len(parts[value]), "accuracy": accuracy, "interval": interval}
         return found
 
+    @property
+    def also(self) -> dict[str, dict[str, Any]]:
+        """Further numbers of the same completions by name, see `also.summary`."""
+        return summary(self.rows)
+
     def metrics(self) -> dict[str, float]:
         """The numbers that a trainer logs."""
         low, high = self.interval
@@ -149,7 +160,7 @@ class EvalResult:
             "reward_interval": self.reward_interval and list(self.reward_interval),
             "failures": self.failures,
             "breakdown": self.breakdown,
-            **({"also": also} if (also := summary(self.rows)) else {}),
+            **({"also": also} if (also := self.also) else {}),
             "missing": list(self.missing),
             **self.extra,
             "manifest": dict(self.manifest),
@@ -162,6 +173,22 @@ class EvalResult:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
         return path
+
+    @staticmethod
+    def load(path: str | Path) -> EvalResult:
+        """What `save` wrote. Raises ValueError for another file."""
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("per_row"), list):
+            raise ValueError(f"it has no `format: {FORMAT}` with rows")
+        return EvalResult(
+            found["per_row"],
+            found["benchmark"],
+            found["manifest"],
+            found["missing"],
+            reads_answers=found["format_rate"] is not None,
+            extra={key: value for key, value in found.items() if key not in _KEYS},
+            path=Path(path),
+        )
 
     @staticmethod
     def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:

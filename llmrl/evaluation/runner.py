@@ -59,13 +59,14 @@ def evaluate(
     cut: Sequence[str] = (),
     journal: Journal | None = None,
     manifest: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> EvalResult:
     """Samples `n` completions of each prompt, `batch_size` prompts at once, scores them and counts.
 
     Every sample is a request of its own, whose randomness is keyed by seed, problem and number: the first samples are the same whatever
     `n` is, and whatever was sampled before. With a `journal` each is written down as it finishes, and those in it are not sampled again.
     `judged_by` is what `scorer` was made of: with it answers are read out of completions, and put to the vote. `breakdown` names columns;
-    `also` what `scorer` values besides (`also.scorers`). A completion is read up to the first of `cut`.
+    `also` what `scorer` values besides (`also.scorers`). A completion is read up to the first of `cut`. `extra`: further keys of the result.
 
     Several processes give each its own share of the prompts and `gather`, which returns every process's value in rank order;
     all of them get the whole result. `trainer_state` is what reward functions see of a run. Raises DataError when there is no
@@ -76,7 +77,7 @@ def evaluate(
 
     def sample() -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
-        with _Bar(progress, name or "evaluate", len(prompts) * n) as bar:
+        with Bar(progress, name or "evaluate", len(prompts) * n) as bar:
             for start in range(0, most, batch_size):
                 asked = prompts[start : start + batch_size]
                 with _scoring(scorer, trainer_state, threshold, bar) as scoring:
@@ -93,7 +94,11 @@ def evaluate(
     if not rows:
         raise DataError("nothing to evaluate: the data hold no usable problem")
     return EvalResult(
-        rows, name, dict(manifest or {}), reads_answers=judged_by is not None and reads_answers(judged_by)
+        rows,
+        name,
+        dict(manifest or {}),
+        reads_answers=judged_by is not None and reads_answers(judged_by),
+        extra=dict(extra or {}),
     )
 
 
@@ -105,7 +110,7 @@ def _sample(
     journal: Journal | None,
     cut: Sequence[str],
     scoring: _Scoring,
-    bar: _Bar,
+    bar: Bar,
 ) -> None:
     """Hands `n` samples of every prompt to `scoring`, numbered in order: those of the journal, then new ones as they finish."""
     todo: list[tuple[int, Prompt, int]] = []
@@ -149,7 +154,7 @@ def _read(prompt: Prompt, completion: Completion, index: int, cut: Sequence[str]
 
 
 @contextmanager
-def _scoring(scorer: Scorer, trainer_state: Any, threshold: float, bar: _Bar) -> Iterator[_Scoring]:
+def _scoring(scorer: Scorer, trainer_state: Any, threshold: float, bar: Bar) -> Iterator[_Scoring]:
     scoring = _Scoring(scorer, trainer_state, threshold, bar)
     try:
         yield scoring
@@ -161,7 +166,7 @@ def _scoring(scorer: Scorer, trainer_state: Any, threshold: float, bar: _Bar) ->
 class _Scoring:
     """Scores samples in chunks while others are still sampled: a chunk begins when it is full and is fetched when the next one is."""
 
-    def __init__(self, scorer: Scorer, trainer_state: Any, threshold: float, bar: _Bar) -> None:
+    def __init__(self, scorer: Scorer, trainer_state: Any, threshold: float, bar: Bar) -> None:
         self.scorer, self.trainer_state, self.threshold, self.bar = scorer, trainer_state, threshold, bar
         self._waiting: list[tuple[int, Rollout]] = []
         self._open: tuple[list[tuple[int, Rollout]], Session] | None = None
@@ -253,7 +258,7 @@ def outcome(scored: ScoredRollout) -> str:
     return "score" if scored.reward is not None else "not-applicable"
 
 
-class _Bar:
+class Bar:
     """The progress of one benchmark: samples, running accuracy, tokens a second of what is sampled now."""
 
     def __init__(self, show: bool, title: str, total: int) -> None:
@@ -268,13 +273,16 @@ class _Bar:
         self._title, self._total, self._task = title, total, TaskID(0)
         self._began, self._tokens, self._scored, self._right = time.monotonic(), 0, 0, 0
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         self._progress.start()
         self._task = self._progress.add_task(self._title, total=self._total, status="")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def advance(self, count: int = 1) -> None:
+        self._progress.update(self._task, advance=count)
 
     def took(self, completion: Completion, *, sampled: bool = True) -> None:
         self._tokens += len(completion.ids) if sampled else 0

@@ -178,6 +178,25 @@ class VLLMServer:
         """
         return self._json("POST", "/inference/v1/generate", body, timeout)
 
+    def models(self) -> list[dict[str, Any]]:
+        """What it serves, the model first and then adapters: id, root (directory or hub id), max_model_len. Any vLLM server answers."""
+        served = self._field(self._json("GET", "/v1/models"), "data")
+        if not isinstance(served, list) or not served or not all(isinstance(m, dict) and "id" in m for m in served):
+            raise ServerFault(self.url, f"/v1/models answered with {str(served)[:_EXCERPT]}, not with a list of models")
+        return served
+
+    def vllm_version(self) -> str:
+        return str(self._field(self._json("GET", "/version"), "version"))
+
+    def tokenise(self, model: str, text: str) -> list[int]:
+        """The ids of a text by the server's own tokenizer, without special tokens before it."""
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
+        return list(self._field(self._json("POST", "/tokenize", body), "tokens"))
+
+    def complete(self, body: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        """POST /v1/completions, which any vLLM server answers; unchecked but for being a JSON object."""
+        return self._json("POST", "/v1/completions", body, timeout)
+
     def abort(self, request_ids: Sequence[str], timeout: float = 2.0) -> None:
         """Ends requests in flight, by the `request_id` in their bodies; they are then answered with what they have."""
         # vLLM puts the prefix before the ids that it is given.
