@@ -23,6 +23,7 @@ COMMANDS = {
     "grpo": ("llmrl.cli.grpo", "the same without a critic: GRPO, Dr. GRPO, DAPO, RLOO, REINFORCE++"),
     "eval": ("llmrl.cli.eval", "accuracy of a model on a file of problems"),
     "compare": ("llmrl.cli.compare", "two results of one benchmark, problem by problem"),
+    "report": ("llmrl.cli.report", "one HTML page about runs and results: curves, numbers, samples"),
     "doctor": (
         "llmrl.cli.doctor",
         "a run that must change nothing: does the engine sample with the trainer's weights?",

@@ -9,7 +9,7 @@ from typing import Any
 from llmrl.errors import DataError
 from llmrl.train.records import read_metrics
 
-_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss", "eval_loss")),
     ("reward", ("reward", "eval_reward")),
     ("accuracy", ("accuracy", "rewards/accuracies", "eval_accuracy")),
@@ -40,7 +40,7 @@ def plot_curves(run_dir: Path | str, out: Path | str | None = None) -> Path:
 
     directory = Path(run_dir)
     rows = list(read_metrics(directory / "metrics.jsonl"))
-    panels = [(title, [n for n in names if any(_is_number(r.get(n)) for r in rows)]) for title, names in _PANELS]
+    panels = [(title, [n for n in names if any(_is_number(r.get(n)) for r in rows)]) for title, names in PANELS]
     panels = [(title, names) for title, names in panels if names]
     if not panels:
         raise DataError(f"{directory / 'metrics.jsonl'} has no curve to draw; the run recorded no step")

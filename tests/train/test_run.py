@@ -20,7 +20,7 @@ from llmrl.data.sampler import Sampler
 from llmrl.errors import ConfigError, LLMRLError
 from llmrl.train.backend import Backend
 from llmrl.train.checkpoint import CheckpointError, verify
-from llmrl.train.plot import _PANELS, plot_curves, running_mean
+from llmrl.train.plot import PANELS, plot_curves, running_mean
 from llmrl.train.records import read_metrics
 from llmrl.train.resume import HARMLESS, flatten
 from llmrl.train.run import Run
@@ -343,7 +343,7 @@ def test_curves(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     out = plot_curves(tmp_path, tmp_path / "x.png")
     assert out.stat().st_size > 10_000
-    assert not set(PPO_AND_DPO) - {name for _, names in _PANELS for name in names}
+    assert not set(PPO_AND_DPO) - {name for _, names in PANELS for name in names}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, **dict.fromkeys(PPO_AND_DPO, 1.0)}) + "\n")
     assert plot_curves(tmp_path).stat().st_size > out.stat().st_size
     assert running_mean([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
