@@ -135,19 +135,23 @@ def math500(row: Mapping[str, Any], index: int) -> Record:
     return record(id, "MATH-500", needed(row, "problem"), answer_of(row), "math_answer", meta)
 
 
-def _competition(prefix: str, source: str, whole: bool = True) -> Converter:
-    """Problems with a final answer, by default a whole number: AIME, AMC, OlymMATH in all of their copies."""
+def _competition(prefix: str, source: str) -> Converter:
+    """Problems whose answer is a whole number: AIME and AMC, in all of their copies."""
 
     def convert(row: Mapping[str, Any], index: int) -> Record:
-        answer = answer_of(row)
-        meta = {key: pick(row, key) for key in ("solution", "url", "subject")}
-        return record(
-            named(row, prefix, index, "id", "unique_id") if whole else str(pick(row, "id", "unique_id", default=f"{prefix}/{index}")),
-            str(pick(row, "source", default=source)), needed(row, "problem", "question"), integer(answer) if whole else answer,
-            "math_answer", meta,
-        )  # fmt: skip
+        question, answer = needed(row, "problem", "question"), integer(answer_of(row))
+        meta = {key: pick(row, key) for key in ("solution", "url")}
+        return record(named(row, prefix, index), source, question, answer, "math_answer", meta)
 
     return convert
+
+
+def olymmath(row: Mapping[str, Any], index: int) -> Record:
+    """RUC-AIBOX/OlymMATH: problem, answer, subject, unique_id, which says whether it is of the easier or the harder half."""
+    id = str(pick(row, "id", "unique_id", default=f"olymmath/{index}"))
+    difficulty = next((name for name in ("easy", "hard") if f"-{name}-" in id.lower()), None)
+    meta = {"subject": pick(row, "subject"), "difficulty": difficulty}
+    return record(id, "OlymMATH", needed(row, "problem"), answer_of(row), "math_answer", meta)
 
 
 def minerva(row: Mapping[str, Any], index: int) -> Record:
@@ -301,7 +305,7 @@ CONVERTERS: dict[str, Converter] = {
     "aime24": _competition("aime24", "AIME 2024"),
     "aime25": _competition("aime25", "AIME 2025"),
     "amc23": _competition("amc23", "AMC 2023"),
-    "olymmath": _competition("olymmath", "OlymMATH", whole=False),
+    "olymmath": olymmath,
     "minerva": minerva,
     "olympiadbench": olympiadbench,
     "gsm8k": gsm8k,

@@ -10,6 +10,7 @@ import pytest
 
 from llmrl.config.benchmark import BenchmarkSpec
 from llmrl.data.convert import CONVERTERS, FIELDS, checked, read
+from llmrl.data.sources import Row
 from llmrl.errors import ConfigError, DataError
 from llmrl.evaluation.benchmarks import asked, find_spec, find_template, load_benchmark, load_spec, shipped
 from llmrl.rewards.load import import_target
@@ -126,6 +127,23 @@ def test_raw_columns(convert, row, id, answer):
     assert (found["id"], found["answer"]) == (id, answer)
     assert read(found, 0, CONVERTERS[convert]) == found  # what has the form already passes
     assert read(json.loads(json.dumps(found)), 0, CONVERTERS["mbpp"]) == found
+
+
+def test_sources_that_are_asked_for(monkeypatch):
+    asked_for = []
+
+    def hub(source):
+        asked_for.append((source.path, source.name, source.split))
+        hard = source.name == "en-hard"
+        row = {"problem": "p", "answer": "2", "subject": "Algebra"}
+        return [
+            Row({**row, "unique_id": f"OlymMATH-{'HARD' if hard else 'EASY'}-{i}-EN"}, f"hub:{i}") for i in range(100)
+        ]
+
+    monkeypatch.setattr("llmrl.data.sources._read_hub", hub)
+    problems = load_benchmark("olymmath_en").problems
+    assert asked_for == [("RUC-AIBOX/OlymMATH", "en-easy", "test"), ("RUC-AIBOX/OlymMATH", "en-hard", "test")]
+    assert [problems[i]["meta"]["difficulty"] for i in (0, 99, 100, 199)] == ["easy", "easy", "hard", "hard"]
 
 
 def test_what_converters_keep():
