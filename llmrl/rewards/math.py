@@ -38,6 +38,7 @@ _WORD = re.compile(
     r"(?<![A-Za-z])(?!arc|sinh|cosh|tanh|sqrt|alpha|beta|gamma|delta|theta|lambda|omega|sigma|pmatrix|bmatrix|matrix|cases|array|aligned)[A-Za-z]{4,}(?![A-Za-z])"
 )
 _CHOICE_NAMED = re.compile(r"\(?[A-J][).:]+ +(?=\S)")
+_ENDLESS = re.compile(r"\\[cldv]?dots(?![A-Za-z])|\.\.\.|…")
 _DECIMAL_COMMA = re.compile(r"[-+]?(?:\d+,(?:\d{1,2}|\d{4,})|0,\d+)")
 
 
@@ -139,6 +140,8 @@ def _answer(completion: str, gold: str) -> str | None:
     ours = reading(gold)
     words, numeric = ours.words is not None, number_with_unit(gold) is not None
     marked = final_answer(completion, numeric=False)
+    if marked is not None and same_text(marked, gold):
+        return marked
     if marked is not None and "boxed" in completion:
         if (later := _after_boxes(completion)) is not None:
             return later
@@ -188,22 +191,22 @@ def equivalent(gold: str, answer: str) -> bool | None:
     if len(answer) > len(gold) + EXTRA_CHARACTERS:
         return False
     ours, theirs = reading(gold), reading(answer)
+    verdict = _read_equal(ours, theirs)
     if (
-        theirs.choice
-        and not theirs.formula
+        verdict is not True
+        and theirs.choice
         and ours.formula
         and not ours.choice
         and (named := _CHOICE_NAMED.match(theirs.text))
     ):
         return equivalent(gold, theirs.text[named.end() :])  # (B) 17
-    verdict = _read_equal(ours, theirs)
     if verdict is not None:
         return verdict
     scaled = number_with_unit(gold), number_with_unit(answer)
     if scaled[0] is not None and scaled[1] is not None:
         return scaled[0] == scaled[1]
-    if ours.read and _is_prose(answer):
-        return False
+    if _ENDLESS.search(gold) or _ENDLESS.search(answer) or (ours.read and _is_prose(answer)):
+        return False  # math-verify would compare a part of it
     parsed_gold = _parse_gold(gold)
     if not parsed_gold:
         return False if ours.read else None
@@ -235,7 +238,7 @@ def _same_decimals(gold: Fraction, answer: Fraction, *texts: str) -> bool:
 def _read_equal(gold: Reading, answer: Reading) -> bool | None:
     """The verdict on two readings; None where one was not understood, or where they can only be compared symbolically."""
     if gold.choice is not None and answer.choice is not None:
-        return gold.choice == answer.choice
+        return gold.choice == answer.choice and _same_content(gold.text, answer.text)
     if (
         gold.choice is not None
         and gold.choice in "ABCD"
@@ -256,6 +259,14 @@ def _read_equal(gold: Reading, answer: Reading) -> bool | None:
     if gold.bare is not gold.whole or answer.bare is not answer.whole:
         verdicts += [_unit_equal(gold, g, answer, a) for g in gold.bare for a in answer.bare]
     return True if True in verdicts else None if None in verdicts or not verdicts else False
+
+
+def _same_content(gold: str, answer: str) -> bool:
+    """Whether what stands after the letters of two choices, "B: 3x" and "(B) 3x", does not differ."""
+    named = _CHOICE_NAMED.match(gold), _CHOICE_NAMED.match(answer)
+    if named[0] is None or named[1] is None:
+        return True
+    return equivalent(gold[named[0].end() :], answer[named[1].end() :]) is not False
 
 
 def _unit_equal(gold: Reading, gold_tree: Node, answer: Reading, answer_tree: Node) -> bool | None:

@@ -77,6 +77,7 @@ def _equal(gold: Node, answer: Node) -> bool | None:
 
 def _named(gold: Node, answer: Node) -> tuple[Node, Node]:
     r"""Without the names that only one side gives: of "x = 5" and "5", of "f(x) = 2x" and "2x", of "x \in [0, 1]" and "[0, 1]"."""
+    gold, answer = _located(gold, answer), _located(answer, gold)
     names = _name(gold), _name(answer)
     if names[0] is not None and names[1] is not None:
         # f(x) = 2x + 3 is also the graph y = 2x + 3.
@@ -94,6 +95,13 @@ def _named(gold: Node, answer: Node) -> tuple[Node, Node]:
     elif gold[0] == "num" and answer[0] == "rel" and _is_total(answer):
         answer = answer[1][-1]
     return gold, answer
+
+
+def _located(node: Node, other: Node) -> Node:
+    """A(1, 2) as the pair (1, 2), unless the other side names another point."""
+    if node[0] != "mul" or node[1][0] != "sym" or node[2][0] != "tuple" or not node[1][1].isupper():
+        return node
+    return node if other[0] == "mul" and other[1] != node[1] else node[2]
 
 
 def _spread(node: Node, other: Node) -> Node:
@@ -334,6 +342,8 @@ def _relations(gold: Node, answer: Node) -> bool | None:
         return straight or (gold[2] == flipped and _all_equal(gold[1], tuple(reversed(answer[1]))))
     if symbols(gold) != symbols(answer):
         return False
+    if not symbols(gold):  # between numbers there is no unknown that both could be about
+        return gold[2] == answer[2] and _all_equal(gold[1], answer[1])
     differences = [("add", n[1][0], ("neg", n[1][1])) for n in (gold, answer)]
     verdict = _proportional(differences)
     if verdict is not None and verdict != 0:
@@ -386,7 +396,7 @@ def _ratio(a: Value, b: Value) -> Value:
 
 def _points_for(*nodes: Node, real_i: bool = False) -> list[Point]:
     """Symbols are positive, as under roots; where a bar or a sign function tells positive from negative, they are both."""
-    if any(has(n, "sum") for n in nodes):
+    if any(has(n, "sum") or has(n, "fn", "gcd") or has(n, "fn", "lcm") for n in nodes):
         return [Point(i, real_i=real_i, whole=True) for i in range(4)]
     free = frozenset().union(*(symbols(n) for n in nodes))
     if not free and not real_i:

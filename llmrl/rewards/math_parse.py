@@ -316,7 +316,7 @@ class _Parser:
         if len(digits) > 1000:
             raise NotRead("too many digits")
         self.i = found.end()
-        if (based := re.compile(r"_\{?\s*(\d{1,2})\s*\}?").match(self.s, self.i)) and "." not in digits:
+        if (based := re.compile(r"_\{?\s*\(?(\d{1,2})\)?\s*\}?").match(self.s, self.i)) and "." not in digits:
             self.i = based.end()
             return ("based", digits.lstrip("0") or "0", int(based[1]))
         value = Fraction(digits)
@@ -408,6 +408,9 @@ class _Parser:
             if run[0].startswith(name):
                 self.i += len(name)
                 return self.named(name)
+        if value := re.compile(r"[fghFGHIPQ](\(-?\d+(?:\.\d+)?\))").match(self.s, self.i):
+            self.i = value.end()
+            return ("sym", value[0])  # f(0) is a value, and no multiple of 0
         self.i += 1
         return self.subscripted(("const", run[0][0]) if run[0][0] in "eiI" else ("sym", run[0][0]))
 

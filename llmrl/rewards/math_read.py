@@ -26,7 +26,7 @@ _NOT_THERE = {"dne", "does not exist", "doesn't exist", "the limit does not exis
 _REALS = {"all real numbers", "all reals", "real numbers", "the real numbers", "all real x", "all real values"}
 _SPECIAL = re.compile(r"(?:[gG]amma|zeta|beta) ?\(|(?<![A-Za-z])n?[CP]r?\([^,()]+,[^,()]+\)")
 _CHOOSE = re.compile(r"(?<![\w.])(\d{1,4}) ?C ?(\d{1,4})(?![\w.])")
-_DIGIT_FACTOR = re.compile(r"(?<=[A-Za-z])(?=\d)")
+_DIGIT_FACTOR = re.compile(r"([A-Za-z])\1(?=\d)")
 _UNDEFINED = {"undefined", "not defined", "is undefined"}
 
 
@@ -91,7 +91,7 @@ def _trees(text: str) -> tuple[Node, ...]:
     if _CHOOSE.search(cleaned):
         ways.append((_CHOOSE.sub(r"\\binom{\1}{\2}", cleaned), {}))
     if "\\" not in cleaned and _DIGIT_FACTOR.search(cleaned):
-        ways.append((_DIGIT_FACTOR.sub("*", cleaned), {}))  # xx3, where x3 is read as a name first
+        ways.append((_DIGIT_FACTOR.sub(r"\1*\1*", cleaned), {}))  # xx3, where x3 is read as a name first
     for way, options in ways:
         try:
             tree = parse(way, **options)

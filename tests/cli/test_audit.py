@@ -35,6 +35,22 @@ def test_json_is_the_last_line_and_alone_on_standard_output(tmp_path, capsys):
     assert "line 5: not accepted, but labelled right" in err
 
 
+def test_odd_rows_are_rows(tmp_path, capsys):
+    """No answer, an empty reference, thoughts before the answer, both forms and columns of one's own in one file."""
+    rows = [
+        {"gold": "1/2", "candidate": None, "expected": False},
+        {"gold": "1/2", "candidate": "", "expected": 0},
+        {"gold": "", "candidate": "1", "expected": True},
+        {"gold": 0.5, "candidate": "1/2", "expected": 1, "meta": {"a": [1]}},
+        {"gold": "7", "completion": "<think>\n\\boxed{8}?\n</think>\nIt is \\boxed{7}.", "correct": "true", "candidate": None},
+        {"gold": True, "candidate": "true", "expected": "yes"},
+    ]  # fmt: skip
+    assert main(["audit-verifier", write(tmp_path, *rows), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(d["line"], d["accepted"], d["outcome"]) for d in report["disagreements"]] == [(3, False, "not-applicable")]
+    assert (report["precision"], report["recall"]) == (1.0, 0.75)
+
+
 def test_the_text_lists_disagreements(tmp_path, capsys):
     assert main(["audit-verifier", write(tmp_path, *ROWS), "--verifier", "exact_match"]) == 0
     out = capsys.readouterr().out
