@@ -25,16 +25,21 @@ def accuracy_interval(correct: Sequence[float], n: int | Sequence[int]) -> tuple
     """
     counts, samples = _checked(correct, n)
     shares = counts / samples
-    m, p = len(shares), float(shares.mean())
+    p = float(shares.mean())
+    variance = float(shares.var(ddof=1)) if len(shares) > 1 else 1.0
+    return p, *interval_of(p, variance, len(shares), least=float((1 / samples).mean()))
+
+
+def interval_of(p: float, variance: float, m: int, *, least: float) -> tuple[float, float]:
+    """The ends of `accuracy_interval` for m problems whose shares have that mean and variance; at least p (1 - p) times `least` of it,
+    which is 1 over the samples a problem."""
     spread = p * (1 - p)
-    between = float(shares.var(ddof=1)) if m > 1 else spread
-    least = float((1 / samples).mean())
-    ratio = min(1.0, max(least, (between + _UNSEEN / m) / spread)) if spread > 0 else 1.0
+    ratio = min(1.0, max(least, (variance + _UNSEEN / m) / spread)) if spread > 0 else 1.0
     size, z = m / ratio, student(m - 1)
     shrink = 1 + z * z / size
     centre = (p + z * z / (2 * size)) / shrink
     half = z / shrink * math.sqrt(spread / size + z * z / (4 * size * size))
-    return p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # rounding must not leave p outside
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # rounding must not leave p outside
 
 
 def student(freedom: int) -> float:
