@@ -311,9 +311,17 @@ def proofs(engine, model, names: list[str], seen: dict) -> None:
     seen["overwritten"] = [raised(engine.verify), raised(lambda: engine.generate(PROMPTS[:1], 1, SAMPLING))]
 
 
-def together(directory: Path, size: int) -> dict:
-    """One of two training processes with a gloo group."""
+def together(directory: Path) -> dict:
+    """One of two training processes with a gloo group: first each has a copy of the model, then they share one."""
     dist.init_process_group("gloo")
+    every: list = [None, None]
+    dist.all_gather_object(every, {size: of_two(directory, size) for size in (1, 2)})
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    return {"every": every} if rank == 0 else {}
+
+
+def of_two(directory: Path, size: int) -> dict:
     rank, group, local = dist.get_rank(), dist.group.WORLD, os.environ["LOCAL_WORLD_SIZE"]
     model, tokenizer = load(directory)
     engine = make_engine(directory, tokenizer, settings(tensor_parallel_size=size), rank=rank, world_size=2)
@@ -333,10 +341,7 @@ def together(directory: Path, size: int) -> dict:
     dist.all_reduce(total)
     seen["sum after close"] = total.item()
     seen["same group"] = dist.group.WORLD is group and os.environ["LOCAL_WORLD_SIZE"] == local
-    every: list = [None, None]
-    dist.all_gather_object(every, seen)
-    dist.destroy_process_group()
-    return {"every": every} if rank == 0 else {}
+    return seen
 
 
 # ---- the tests ----
@@ -481,10 +486,8 @@ class TestOneProcess:
         assert seen["gap of a second engine"] < 1e-5
 
 
-@needs_vllm
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2], ids=["a copy each", "a shared copy"])
-def test_two_processes(vllm_model, size):
+@pytest.fixture(scope="module")
+def seen_by_two(vllm_model) -> list[dict]:
     launcher = [
         "-m",
         "torch.distributed.run",
@@ -492,7 +495,14 @@ def test_two_processes(vllm_model, size):
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=127.0.0.1:0",
     ]
-    for seen in run(launcher, vllm_model, "together", str(size))["every"]:
+    return run(launcher, vllm_model, "together")["every"]
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["1", "2"], ids=["a copy each", "a shared copy"])
+def test_two_processes(seen_by_two, size):
+    for seen in (process[size] for process in seen_by_two):
         assert max(seen["gap 1"], seen["gap 2"]) < 1e-5
         assert seen["prompts"]
         assert seen["sum after close"] == 3.0
@@ -505,6 +515,6 @@ if __name__ == "__main__":
     if sys.argv[2] == "alone":
         result = alone(Path(sys.argv[1]))
     else:
-        result = together(Path(sys.argv[1]), int(sys.argv[3]))
+        result = together(Path(sys.argv[1]))
     if result:
         print("SEEN " + json.dumps(result), flush=True)
