@@ -11,6 +11,7 @@ the same from each, so that predictions fit whichever was asked. Rows that are n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -157,10 +158,9 @@ def olymmath(row: Mapping[str, Any], index: int) -> Record:
 def minerva(row: Mapping[str, Any], index: int) -> Record:
     r"""math-ai/minervamath and Qwen's file: problem (or question), solution, type, idx. Where there is no answer: the last `\boxed{}`."""
     meta = {"subject": pick(row, "subject", "type"), "solution": pick(row, "solution")}
-    question = needed(row, "problem", "question")
-    return record(
-        named(row, "minerva", index, "id", "idx"), "Minerva Math", question, answer_of(row), "math_answer", meta
-    )
+    question, answer = needed(row, "problem", "question"), answer_of(row)
+    answer = re.sub(r"\bnp\.(\w+)", r"\\\1", answer)  # one is in the notation of numpy: np.arcsin(10/13)
+    return record(named(row, "minerva", index, "id", "idx"), "Minerva Math", question, answer, "math_answer", meta)
 
 
 def olympiadbench(row: Mapping[str, Any], index: int) -> Record:
