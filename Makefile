@@ -35,8 +35,9 @@ install-dev: $(VENV)/.installed-dev
 quickstart: install
 	$(BIN)/llmrl quickstart --seed $(SEED)
 
+# Two processes share whole files out, in order; `pytest FILE` runs one plainly (tests/conftest.py says which belong together).
 test: install-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install-dev
 	$(BIN)/ruff check .

@@ -14,6 +14,9 @@ pytest_plugins = ["tests.servers"]
 
 ORACLES = Path(__file__).parent / "oracles"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+REAL_SERVERS = {
+    "test_judge_vllm.py", "test_vllm_engine.py", "test_vllm_runs.py", "test_vllm_server.py", "test_weight_sync_vllm.py",
+}  # fmt: skip
 
 CHATML = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
@@ -29,6 +32,19 @@ def shared_data(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"real data absent: {name}")
     return path
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist need not be there
+def pytest_xdist_make_scheduler(config, log):
+    """Shares whole files out, and those that ask the session's real servers as one, or each process would start its own."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "real servers" if Path(file).name in REAL_SERVERS else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)
