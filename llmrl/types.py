@@ -78,7 +78,7 @@ class ScoredRollout:
     parts: Mapping[str, float | None]
     outcomes: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
