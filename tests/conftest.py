@@ -15,7 +15,8 @@ pytest_plugins = ["tests.servers"]
 ORACLES = Path(__file__).parent / "oracles"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 REAL_SERVERS = {
-    "test_judge_vllm.py", "test_vllm_engine.py", "test_vllm_runs.py", "test_vllm_server.py", "test_weight_sync_vllm.py",
+    "test_engines.py", "test_judge_vllm.py", "test_vllm_engine.py", "test_vllm_runs.py", "test_vllm_server.py",
+    "test_weight_sync_vllm.py",
 }  # fmt: skip
 
 CHATML = (

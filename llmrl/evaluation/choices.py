@@ -42,8 +42,8 @@ def read_choices(prompts: Sequence[Prompt], tokenizer: Any) -> list[Choices]:
     """Problems with `choices` ({label, text} each) and the right label as `answer`, tokenised. Raises DataError for others."""
     out = []
     for prompt in prompts:
-        listed, answer = prompt.columns.get("choices"), prompt.columns.get("answer")
-        labels = [choice["label"] for choice in listed or ()]
+        listed, answer = prompt.columns.get("choices") or (), prompt.columns.get("answer")
+        labels = [choice["label"] for choice in listed]
         if answer not in labels or len(set(labels)) < len(labels):
             raise DataError(
                 f"{prompt.id}: the answer {answer!r} is not one of the choices {labels}, or two have one label"

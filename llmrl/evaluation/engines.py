@@ -46,6 +46,8 @@ class EvalEngine(Protocol):
 
     limit: int | None
 
+    def __init__(self, config: EvalConfig, source: Source, tokenizer: Any) -> None: ...
+
     def describe(self) -> dict[str, dict[str, Any]]:
         """The entries `model` and `engine` of the manifest."""
         ...
@@ -61,9 +63,12 @@ class EvalEngine(Protocol):
 
 def open_engine(config: EvalConfig, source: Source, tokenizer: Any) -> EvalEngine:
     """The engine of `config.rollout`, not started: no weights are read. Raises ConfigError for one that can't serve this model."""
-    kind = {"local": LocalModel, "vllm_server": ServedModel, "vllm_colocate": ColocatedModel}[config.rollout.engine]
-    engine: EvalEngine = kind(config, source, tokenizer)
-    return engine
+    kinds: dict[str, type[EvalEngine]] = {
+        "local": LocalModel,
+        "vllm_server": ServedModel,
+        "vllm_colocate": ColocatedModel,
+    }
+    return kinds[config.rollout.engine](config, source, tokenizer)
 
 
 class LocalModel:
