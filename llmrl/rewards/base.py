@@ -71,7 +71,7 @@ def _short(value: Any) -> str:
 
 @dataclass
 class Result:
-    """What one call gave: an outcome a row, `log_extra` columns (a value a row each), `log_metric` values in call order.
+    """What one call gave: an outcome a row, `log_extra` columns (a plain value a row each), `log_metric` values in call order.
 
     `seconds`: what each row took, None where nobody knows; of a call for all rows each has an equal share. Empty until it is timed.
     """
@@ -90,7 +90,7 @@ class Result:
         outcomes = [[o.kind, o.value, o.detail, o.row_caused] for o in self.outcomes]
         return {
             "outcomes": outcomes,
-            "extra": {k: [plain(v) for v in c] for k, c in self.extra.items()},
+            "extra": self.extra,
             "metrics": self.metrics,
         }
 
@@ -235,6 +235,8 @@ def to_outcomes(values: Any, rows: int) -> list[Outcome]:
 
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it: containers are walked, numpy and tensor scalars unwrapped, the rest becomes its text."""
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python writes no more than 4,300 digits
+        return f"an integer of {value.bit_length()} bits"
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
@@ -250,7 +252,11 @@ def plain(value: Any) -> Any:
 def describe_error(error: BaseException) -> str:
     """The error and the last frames of its traceback, for a log."""
     frames = "".join(traceback.format_tb(error.__traceback__)[-3:])
-    return f"{type(error).__name__}: {error}\n{frames}".rstrip()
+    try:
+        text = str(error)
+    except Exception as second:
+        text = f"<its text raised {type(second).__name__}>"
+    return f"{type(error).__name__}: {text}\n{frames}".rstrip()
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from llmrl.rewards.base import (
     TrainerState,
     describe_error,
     parameters,
+    plain,
     to_outcome,
     to_outcomes,
 )
@@ -60,7 +62,7 @@ class BoundFunction:
         }
 
     def run(self, task: Mapping[str, Any], resolve: Callable[[Any], Any] | None = None) -> Result:
-        """Calls the function. What it raises becomes outcomes; `resolve` turns an awaitable into its value."""
+        """Calls the function. What it raises becomes outcomes, but for a KeyboardInterrupt; `resolve` turns an awaitable into its value."""
         result = Result([])
         try:
             value = self.function(**self._arguments(task, result))
@@ -69,7 +71,9 @@ class BoundFunction:
                     raise TypeError("an awaitable came back where none can be awaited")
                 value = resolve(value)
             result.outcomes = self._outcomes(value, task["rows"])
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, GeneratorExit and users' own among them
             result.outcomes = self._failure(error, task["rows"])
         return _checked_extra(result, task["rows"])
 
@@ -78,7 +82,9 @@ class BoundFunction:
         result = Result([])
         try:
             result.outcomes = self._outcomes(await self.function(**self._arguments(task, result)), task["rows"])
-        except (Exception, SystemExit) as error:
+        except asyncio.CancelledError:  # by its deadline
+            raise
+        except BaseException as error:  # also KeyboardInterrupt: this is not the thread that Ctrl-C interrupts
             result.outcomes = self._failure(error, task["rows"])
         return _checked_extra(result, task["rows"])
 
@@ -102,7 +108,7 @@ class BoundFunction:
         if self.parameters.takes("log_extra"):
             rowwise = self.rowwise
             inputs["log_extra"] = lambda column, values: result.extra.__setitem__(
-                str(column), [values] if rowwise else list(values)
+                str(column), [plain(v) for v in ([values] if rowwise else values)]
             )
         if self.parameters.takes("log_metric"):
             inputs["log_metric"] = lambda name, value: result.metrics.append((str(name), float(value)))
@@ -126,8 +132,6 @@ def _checked_extra(result: Result, rows: int) -> Result:
 @contextmanager
 def event_loop() -> Iterator[Callable[[Any], Any]]:
     """A loop that lives as long as the worker, so that an async function may keep its sessions between calls."""
-    import asyncio
-
     with asyncio.Runner() as runner:
 
         async def wait(awaitable: Any) -> Any:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from llmrl.rewards.base import TIMEOUT, Result
+from llmrl.rewards.base import ERROR, TIMEOUT, Result
 from llmrl.rewards.call import BoundFunction
 
 
@@ -79,6 +79,7 @@ class InlineRunner:
 
     def run(self, bound: BoundFunction, task: dict[str, Any], seconds: float) -> Result:
         """A sync function's result, within `seconds`."""
+        task = _own(task)
         try:
             return self._thread.call(lambda: bound.run(task, self._loop.resolve), seconds)
         except concurrent.futures.TimeoutError:
@@ -86,7 +87,7 @@ class InlineRunner:
 
     def start(self, bound: BoundFunction, task: dict[str, Any], seconds: float) -> Callable[[], Result]:
         """Starts an async function; call what comes back for its result."""
-        future = self._loop.start(bound.run_async(task), seconds)
+        future = self._loop.start(bound.run_async(_own(task)), seconds)
 
         def finish() -> Result:
             try:
@@ -96,6 +97,8 @@ class InlineRunner:
                 if not future.done():
                     self._loop.close()
                 return self._late(task["rows"], seconds)
+            except concurrent.futures.CancelledError:
+                return Result.failed(ERROR, "CancelledError: the function cancelled itself", task["rows"])
 
         return finish
 
@@ -108,6 +111,13 @@ class InlineRunner:
         return Result.failed(
             TIMEOUT, f"no answer after {seconds:g} s; it still runs in a thread that can't be stopped", rows
         )
+
+
+def _own(value: Any) -> Any:
+    """Lists and mappings copied, so that a function which changes its arguments changes neither the data nor what others get."""
+    if type(value) is list:
+        return [_own(v) for v in value]
+    return {k: _own(v) for k, v in value.items()} if type(value) is dict else value
 
 
 def _work(jobs: queue.SimpleQueue[Any]) -> None:

@@ -85,7 +85,7 @@ def import_target(target: str) -> Callable[..., Any]:
         near = difflib.get_close_matches(target, [*BUILTINS, *ALIASES], 3, 0.5)
         raise ConfigError(
             f"reward function {target!r} is neither built in nor of the form module:function or path/file.py:function. "
-            f"{'Did you mean ' + ' or '.join(near) if near else 'Built in: ' + ', '.join(BUILTINS)}?"
+            f"{'Did you mean ' + ' or '.join(near) + '?' if near else 'Built in: ' + ', '.join(BUILTINS)}"
         )
     module = _import_module(where, target)
     found: Any = module

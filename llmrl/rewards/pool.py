@@ -236,6 +236,8 @@ class WorkerPool:
                 self._replace(worker, "error", ended)
             elif worker.state == "busy" and time.monotonic() > _due(worker):
                 self._replace(worker, "timeout", f"no answer after {worker.chunk[0].work.seconds:g} s of work")
+            elif worker.state == "busy" and worker.begun is None and time.monotonic() - worker.since > START_SECONDS:
+                self._replace(worker, "error", f"its worker did not begin within {START_SECONDS:g} s")
             elif worker.state == "starting" and time.monotonic() - worker.since > START_SECONDS:
                 self._count_failed_start(worker, f"it was not ready after {START_SECONDS:g} s")
                 worker.kill()

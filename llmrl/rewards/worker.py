@@ -15,7 +15,6 @@ import time
 from typing import Any
 
 from llmrl.errors import LLMRLError
-from llmrl.rewards.base import Result
 from llmrl.rewards.call import BoundFunction, event_loop
 from llmrl.rewards.load import resolve
 from llmrl.rewards.protocol import read_message, write_message
@@ -45,6 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def _serve(bound: BoundFunction, tasks: int, results: int) -> None:
+    me = os.getpid()
     with event_loop() as resolve_awaitable:
         while (message := read_message(tasks)) is not None:
             write_message(results, {"started": len(message["tasks"])})
@@ -53,15 +53,10 @@ def _serve(bound: BoundFunction, tasks: int, results: int) -> None:
                 if "check" in task:
                     answer: dict[str, Any] = {"problem": bound.check_gold(task["check"])}
                 else:
-                    answer = _jsonable(bound.run(task, resolve_awaitable), task["rows"])
+                    answer = bound.run(task, resolve_awaitable).to_json()
+                if os.getpid() != me:  # a fork that the function has come back from: the answer is its parent's to give
+                    os._exit(0)
                 write_message(results, {"result": answer, "seconds": time.monotonic() - begun})
-
-
-def _jsonable(result: Result, rows: int) -> dict[str, Any]:
-    try:
-        return result.to_json()
-    except Exception as error:
-        return Result.failed("malformed", f"log_extra values can't be sent: {error}", rows).to_json()
 
 
 def _start_guard(tasks: int, results: int, lifeline: int) -> None:

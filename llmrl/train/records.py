@@ -49,7 +49,9 @@ class Records:
         """Writes `samples/step_<step>.jsonl`; values that JSON does not know are written as text."""
         self.samples.mkdir(exist_ok=True)
         lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-        (self.samples / f"step_{step:08d}.jsonl").write_text("".join(lines), encoding="utf-8")
+        # Half a surrogate pair has no UTF-8; as a backslash escape it is JSON.
+        path = self.samples / f"step_{step:08d}.jsonl"
+        path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
     def flush(self) -> None:
         """To the disk: a checkpoint must not outlive the metrics that lead to it."""
