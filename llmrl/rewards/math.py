@@ -42,8 +42,11 @@ _ENDLESS = re.compile(r"\\[cldv]?dots(?![A-Za-z])|\.\.\.|…")
 _DECIMAL_COMMA = re.compile(r"[-+]?(?:\d+,(?:\d{1,2}|\d{4,})|0,\d+)")
 
 
-def check_gold(*, column: str | None = None, **columns: Any) -> str | None:
+def check_gold(*, column: str | None = None, tolerance: str | None = None, **columns: Any) -> str | None:
     """Why the row's reference answer can't be verified against, or None."""
+    allowed = columns.get(tolerance) if tolerance else None
+    if allowed is not None and not (isinstance(allowed, int | float) and allowed >= 0):
+        return f"the tolerance (column {tolerance!r}) must be a number from 0, given {allowed!r}"
     try:
         gold = _gold(columns, column)
     except DataError as error:
@@ -82,8 +85,9 @@ def read_answer(completion: str, *, column: str | None = None, **columns: Any) -
     return answer
 
 
-def _check_args(*, rel_tol: float = 0.0, **_: Any) -> str | None:
-    return None if rel_tol >= 0 else f"rel_tol must be 0 or more, given {rel_tol}"
+def _check_args(*, rel_tol: Any = 0.0, **_: Any) -> str | None:
+    fine = isinstance(rel_tol, int | float) and rel_tol >= 0
+    return None if fine else f"rel_tol must be a number from 0, given {rel_tol!r}"
 
 
 def _is_list(answer: str) -> bool:
