@@ -21,7 +21,7 @@ COMMANDS = {
     "dpo": ("llmrl.cli.dpo", "preference optimisation: DPO and its relatives, from pairs or online"),
     "ppo": ("llmrl.cli.ppo", "reinforcement learning from rewards, with a critic: PPO"),
     "grpo": ("llmrl.cli.grpo", "the same without a critic: GRPO, Dr. GRPO, DAPO, RLOO, REINFORCE++"),
-    "eval": ("llmrl.cli.eval", "accuracy of a model on a file of problems"),
+    "eval": ("llmrl.cli.eval", "accuracy of a model on benchmarks, or on a file of problems"),
     "compare": ("llmrl.cli.compare", "two results of one benchmark, problem by problem"),
     "report": ("llmrl.cli.report", "one HTML page about runs and results: curves, numbers, samples"),
     "doctor": (
