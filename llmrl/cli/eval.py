@@ -155,8 +155,9 @@ def _remarks(result: EvalResult) -> list[str]:
     for name, found in result.also.items():
         interval = "" if found["interval"] is None else ", 95% interval {:.4f} to {:.4f}".format(*found["interval"])
         lines.append(f"{name} {found['value']:.4f}{interval}")
-    if result.failures:
-        listed = ", ".join(f"{count} {reason}" for reason, count in sorted(result.failures.items()))
+    failures = {reason: count for reason, count in sorted(result.failures.items()) if reason != "missing"}
+    if failures:
+        listed = ", ".join(f"{count} {reason}" for reason, count in failures.items())
         lines.append(f"without a score, counted as wrong: {listed}")
     if result.missing:
         lines.append(f"without a completion, counted as wrong: {len(result.missing)}")
