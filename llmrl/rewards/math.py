@@ -26,6 +26,7 @@ from llmrl.rewards.answer import (
 )
 from llmrl.rewards.base import row_verifier, wrong
 from llmrl.rewards.math_equal import equal
+from llmrl.rewards.math_names import is_word
 from llmrl.rewards.math_near import near
 from llmrl.rewards.math_parse import Node
 from llmrl.rewards.math_prose import choice_in, denied, ends_with_words, first_answer, marked_sentence, spoken_answer
@@ -39,6 +40,7 @@ _WORD = re.compile(
 )
 _CHOICE_NAMED = re.compile(r"\(?[A-J][).:]+ +(?=\S)")
 _ENDLESS = re.compile(r"\\[cldv]?dots(?![A-Za-z])|\.\.\.|…")
+_SENTENCE = re.compile(r"[A-Za-z]{2,}[,.]? +[A-Za-z]{2,}")
 _DECIMAL_COMMA = re.compile(r"[-+]?(?:\d+,(?:\d{1,2}|\d{4,})|0,\d+)")
 
 
@@ -170,6 +172,8 @@ def _answer(completion: str, gold: str) -> str | None:
         found = choice_in(completion)
     if found is None:
         found = final_answer(completion, numeric=numeric)
+    if found is None and len(completion) < 200 and _with_names(gold, completion) is not None:
+        found = completion.strip()
     return None if found is None or (not words and denied(completion, completion.rfind(found))) else found
 
 
@@ -209,6 +213,8 @@ def equivalent(gold: str, answer: str) -> bool | None:
     scaled = number_with_unit(gold), number_with_unit(answer)
     if scaled[0] is not None and scaled[1] is not None:
         return scaled[0] == scaled[1]
+    if (texts := _with_names(gold, answer)) is not None and _read_equal(*map(reading, texts)) is True:
+        return True
     if _ENDLESS.search(gold) or _ENDLESS.search(answer) or (ours.read and _is_prose(answer)):
         return False  # math-verify would compare a part of it
     parsed_gold = _parse_gold(gold)
@@ -227,6 +233,17 @@ def _decimal_comma(written: str, other: str) -> bool:
         and _DECIMAL_COMMA.fullmatch(text) is not None
         and number_of(text.replace(",", ".")) == number_of(other)
     )
+
+
+def _with_names(gold: str, answer: str) -> list[str] | None:
+    """Both texts with words such as "mass" in 2*mass as names, where the same words stand in both and none follows another."""
+    texts = [gold, answer]
+    words = {w for w in _WORD.findall(gold) if is_word(w)}
+    if not words or any(
+        _SENTENCE.search(t) or "\\" in t or {w for w in _WORD.findall(t) if is_word(w)} != words for t in texts
+    ):
+        return None
+    return [_WORD.sub(lambda m: rf"\aleph_{{{m[0]}}}" if m[0] in words else m[0], t) for t in texts]
 
 
 def _is_prose(text: str) -> bool:

@@ -35,7 +35,7 @@ SETS = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "setminus"}
 DECORATIONS = {"bar", "hat", "vec", "dot", "ddot", "tilde", "overline", "overrightarrow", "underline", "mathbf", "mathbb", "widehat", "angle", "triangle", "nabla", "partial"}  # fmt: skip
 ENGLISH = {
     "is", "it", "so", "we", "of", "if", "the", "are", "not", "for", "all", "any", "has", "its", "per", "one", "but", "was", "plus", "minus", "times",
-    "over", "since", "using", "single", "sine", "cosine", "cost", "tank", "expect",
+    "over", "get", "gets", "got", "since", "using", "single", "sine", "cosine", "cost", "tank", "expect",
 }  # fmt: skip
 PLUS = ("+", "-", r"\pm", r"\mp")
 STOPS = {r"\lor", r"\land", r"\mid", r"\rangle", r"\rfloor", r"\rceil", r"\end", r"\pm", r"\mp", r"\times", r"\cdot", r"\\", r"\}", *RELATIONS, *SETS}  # fmt: skip

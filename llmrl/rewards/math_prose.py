@@ -9,9 +9,8 @@ from llmrl.rewards.math_parse import MAX_CHARACTERS
 from llmrl.rewards.math_read import reading
 
 MAX_TAILS = 8
-_CODA = re.compile(
-    r"(?:\s*<\|[a-z_]+\|>.*|\s*I hope (?:it|this|that)\b[^.\n]{0,40}\.?\s*)+$", re.IGNORECASE | re.DOTALL
-)
+_SPECIAL = re.compile(r"<\|[a-z_]+\|>", re.IGNORECASE)
+_HOPE = re.compile(r"I hope (?:it|this|that)\b[^.\n]{0,40}\.?$", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[<])|<\|")
 _LETTER = re.compile(r"\(([A-J])\)|(?<![A-Za-z'$\\(])([B-HJ]|A(?! [a-z]))(?![A-Za-z'])")
 _DENIAL = re.compile(r"\b(?:not|never|neither|nor|except|unlike|no)\b|n't\b|\?", re.IGNORECASE)
@@ -35,7 +34,7 @@ def spoken_answer(text: str, *, words: bool = False, numeric: bool = False) -> s
 
     Example: spoken_answer("We add them, so x = 3/4.") -> "x = 3/4"
     """
-    text = _CODA.sub("", text[-8000:]).strip()
+    text = _without_coda(text[-8000:]).strip()
     whole = reading(text) if len(text) <= 600 else None
     if whole is not None and (whole.formula or whole.choice):
         return text
@@ -59,6 +58,14 @@ def spoken_answer(text: str, *, words: bool = False, numeric: bool = False) -> s
     if (found := _last_formula(last)) is not None or (segments is not None and not numeric):
         return found or segments
     return text if words and whole is not None and whole.words is not None else None
+
+
+def _without_coda(text: str) -> str:
+    """The text before a special token, and before a last "I hope it is correct."."""
+    text = _SPECIAL.split(text, maxsplit=1)[0].rstrip()
+    while (found := _HOPE.search(text, max(0, len(text) - 60))) is not None:
+        text = text[: found.start()].rstrip()
+    return text
 
 
 def choice_in(text: str) -> str | None:
@@ -92,7 +99,7 @@ def _last_formula(line: str) -> str | None:
     starts = [m.end() for m in re.finditer(r"(?:(?<=[A-Za-z]{2})|i\.e\.)[:,]? +", line)][-10:]
     for start in starts:
         end = line[start:].rstrip(" .")
-        if re.search(r"[\\=^{}]", line[:start]):
+        if re.search(r"[\\=^{}*+]", line[:start]) or line[start] in "+*/=^<>":
             break  # inside a formula
         if re.search(r"\d", end) and not re.match(r"[a-z]{2,} ", end) and reading(end).formula:
             return end
