@@ -53,11 +53,22 @@ def test_a_right_completion_has_an_answer_that_is_right_by_itself():
     rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     right = [row for row in rows if math_answer.score(row["candidate"], answer=row["gold"]) == 1.0]
     assert len(right) > 300
-    for row in right:
+    for row in right[::4]:
         answer = extract(MATH, row["candidate"], {"answer": row["gold"]})
         assert answer is not None, row
         rollout = votes._comparison(MATH, Ballot("x", [], []), row["gold"], answer)
         assert math_answer.score(rollout.completion.text, answer=row["gold"]) == 1.0, row
+
+
+@pytest.mark.timeout(60)  # what is not linear takes hours, or for ever
+@pytest.mark.parametrize("scorer", [MATH, CHOICE, EXACT], ids=lambda scorer: scorer.function)
+def test_reading_an_answer_is_linear_in_the_text(scorer):
+    for text in (
+        "\n" * 100_000, " " * 100_000 + "x", "I hope it " * 800 + "x" * 100, "(" * 50_000, r"\boxed{" * 5_000, "$a" * 50_000,
+        r"\boxed{" + "9^" * 900 + "9}", r"\boxed{10^{10^{10^{10}}}}", "Answer: " * 5_000, "1," * 50_000, "<|im_end|>" * 5_000,
+    ):  # fmt: skip
+        for gold in ("5", r"\frac{1}{2}", "Evelyn"):
+            extract(scorer, text, {"answer": gold})
 
 
 def test_code_instructions_judges_and_own_functions_have_no_answer_to_read():
