@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
@@ -37,6 +37,8 @@ logger = logging.getLogger("llmrl")
 
 _FAULTS = 3
 """Faults of one request that are survived; with one more the evaluation stops, and goes on from its samples when it is run again."""
+_REST = 1.0
+"""Seconds after a fault; doubled with each further one."""
 _PROBE = "The answer's 3.14159 = 12345/6789;\n\n  so\tNaïve Zoë wrote: “日本語”, don't!\n"
 
 
@@ -250,10 +252,11 @@ class ServedModel:
             prompts, 1, sampling, max_model_len=limit, vocab_size=vocab, remedy="Start it with a larger --max-model-len"
         )
         out: dict[int, list[Rollout]] = {}
+        over = threading.Event()
         turns = cycle(range(len(self.servers)))
         with ThreadPoolExecutor(self.settings.max_concurrency * len(self.servers)) as pool:
             futures: dict[Future[Completion], int] = {
-                pool.submit(self._complete, next(turns), prompt, sampling): place
+                pool.submit(self._complete, next(turns), prompt, sampling, over): place
                 for place, prompt in enumerate(prompts)
             }
             waiting = set(futures)
@@ -266,13 +269,15 @@ class ServedModel:
                         if on_group is not None:
                             on_group(place, out[place])
             except BaseException:
+                over.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 for server in self.servers:
                     server.hang_up()  # vLLM ends requests that nobody waits for
                 raise
         return [out[place] for place in range(len(prompts))]
 
-    def _complete(self, first: int, prompt: Prompt, sampling: Sampling) -> Completion:
+    def _complete(self, first: int, prompt: Prompt, sampling: Sampling, over: threading.Event) -> Completion:
+        """A sample of the server number `first`, or of the next ones where it fails; not again once the call is `over`."""
         faults: list[str] = []
         for turn in range(_FAULTS + 1):
             number = (first + turn) % len(self.servers)
@@ -287,7 +292,8 @@ class ServedModel:
                 if isinstance(error, ServerFault) and error.status is not None and 400 <= error.status < 500:
                     raise
                 faults.append(str(error))
-                time.sleep(2.0**turn)
+                if over.wait(_REST * 2**turn):
+                    break
         raise RolloutError(
             f"prompt {prompt.id!r} failed {len(faults)} times: {faults[-1]}. With --output, the same command goes on from the samples so far"
         )

@@ -16,8 +16,8 @@ from llmrl.evaluation.manifest import differences
 from llmrl.types import Completion
 
 FORMAT = "llmrl-samples/1"
-_SCORING = ("verifier", "sampling.n", "data.path")
-"""What of a manifest does not change which samples there are to be; data are known by their hash."""
+SCORING = ("verifier", "versions.math-verify", "data.path")
+"""What of a manifest does not change what is sampled; data are known by their hash."""
 
 
 def journal_path(output: Path) -> Path:
@@ -98,7 +98,7 @@ class Journal:
             header = None
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise ConfigError(f"{self.path} is there and is no file of samples; give another --output")
-        return differences(header["manifest"], manifest, ignore=_SCORING)
+        return differences(header["manifest"], manifest, ignore=(*SCORING, "sampling.n"))
 
     def _take(self, line: bytes, number: int) -> None:
         try:

@@ -21,7 +21,7 @@ from llmrl.evaluation.also import scorers
 from llmrl.evaluation.benchmarks import Benchmark, asked, find_spec, find_template, load_benchmark
 from llmrl.evaluation.choices import logprobs, read_choices, result_of
 from llmrl.evaluation.engines import EvalEngine, LocalModel, open_engine
-from llmrl.evaluation.journal import Journal, journal_path
+from llmrl.evaluation.journal import SCORING, Journal, journal_path
 from llmrl.evaluation.judges import LocalJudges
 from llmrl.evaluation.manifest import (
     data_entry,
@@ -111,7 +111,7 @@ def _judge(config: EvalConfig, predictions: str, progress: bool) -> EvalResult:
     """Completions of a file, without a model."""
     (name,) = config.benchmark
     find_spec(name)
-    benchmark = load_benchmark(name, config.data_dir)
+    benchmark = load_benchmark(name, config.data_dir, config.data)
     benchmark = replace(benchmark, spec=resolved(benchmark.spec, config))
     output = _output(config, benchmark.name, 1)
     if output is not None and output.exists() and not config.overwrite:
@@ -145,7 +145,7 @@ def _tasks(config: EvalConfig) -> list[Task]:
 
 
 def _benchmark_task(config: EvalConfig, name: str) -> Task:
-    read = load_benchmark(name, config.data_dir)
+    read = load_benchmark(name, config.data_dir, config.data)
     benchmark = replace(read, spec=resolved(read.spec, config))
     template = find_template(benchmark, config.template)
     called = next(key for key, value in benchmark.spec.prompts.items() if value is template)
@@ -312,7 +312,7 @@ def _finished(config: EvalConfig, task: Task, say: Callable[[str], None]) -> Eva
         say(f"{task.name}: {task.output} is complete and of the same settings, so nothing was done")
         return found
     fewer = found.manifest.get("sampling", {}).get("n", 1) <= task.manifest["sampling"].get("n", 1)
-    ignored = ("verifier", "data.path", *(["sampling.n"] if fewer else []))
+    ignored = (*SCORING, *(["sampling.n"] if fewer else []))
     if serious := differences(found.manifest, task.manifest, ignore=ignored):
         raise ConfigError(
             f"output: {task.output} is the result of another evaluation: {'; '.join(serious)}. Give another --output, or --overwrite"

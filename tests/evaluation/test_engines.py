@@ -106,7 +106,7 @@ class Server:
 
 @pytest.fixture
 def served(tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(engines.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(engines, "_REST", 0.01)
 
     def make(**settings):
         urls = [f"http://127.0.0.1:{port}" for port in (1, 2)]
@@ -147,6 +147,17 @@ def test_faults(served, settings, message):
         return
     with pytest.raises(RolloutError, match=message):
         engine.generate(PROMPTS, 1, SAMPLING)
+
+
+def test_what_a_caller_raises_ends_the_call_at_once(served):
+    engine, servers = served()
+
+    def stop(place, group):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS * 200, 1, SAMPLING, on_group=stop)
+    assert sum(len(server.asked) for server in servers) < 1000
 
 
 def test_log_probs_of_choices_need_the_local_engine(tmp_path, tiny_model_dir, capsys):
