@@ -125,7 +125,8 @@ def _spec(options: argparse.Namespace) -> RewardSpec:
     except ValidationError as error:
         raise ConfigError(
             "; ".join(
-                f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" if e["loc"] else e["msg"] for e in error.errors()
+                f"--{str(e['loc'][0]).replace('_', '-')} {e['input']}: {e['msg']}" if e["loc"] else e["msg"]
+                for e in error.errors()
             )
         ) from None
     return RewardSpec(rubric=options.rubric, judge=judge, name=_NAME)

@@ -7,7 +7,7 @@ import json
 import secrets
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -138,7 +138,7 @@ class Grader:
             return {"scores": scores, "reasons": read_reasons(reply, self._id)}
 
         key = self._key(question, answers=[shown], sample=number)
-        return await self._verdict(key, messages, schema, read, begin)
+        return await self._verdict(key, {"scores": dict, "reasons": str}, messages, schema, read, begin)
 
     async def _compared(self, question: Question, answers: Sequence[str]) -> list[Graded]:
         """Win rates: a win counts 1 and a tie 0.5, over the comparisons on which both orders agree."""
@@ -190,6 +190,7 @@ class Grader:
         key = self._key(question, answers=[one, other], sample=0)
         verdict = await self._verdict(
             key,
+            {"winner": str},
             messages,
             winner_schema(self._id, explain),
             lambda reply, last: {"winner": read_winner(reply, self._id)},
@@ -228,13 +229,18 @@ class Grader:
     async def _verdict(
         self,
         key: str,
+        form: Mapping[str, type],
         messages: Messages,
         schema: dict[str, Any],
         read: Callable[[str, bool], dict[str, Any]],
         begin: Callable[[], None],
     ) -> dict[str, Any]:
-        """A verdict from the cache or from the judge, who is asked again once, told what was wrong. Raises JudgeError."""
-        if self._cache is not None and (kept := self._cache.get(key)) is not None:
+        """A verdict from the cache or from the judge, who is asked again once, told what was wrong. Raises JudgeError.
+
+        form: the types of a verdict's parts; what is kept in another form is not used.
+        """
+        kept = None if self._cache is None else self._cache.get(key)
+        if kept is not None and all(isinstance(kept.get(part), kind) for part, kind in form.items()):
             self.counts.kept += 1
             return kept
         async with self._slots:

@@ -100,8 +100,11 @@ class OpenAIJudge(MeteredJudge):
             try:
                 # ASCII: half of an emoji in the data is no reason to send nothing.
                 content = json.dumps({**body, limit: self.settings.max_tokens})
-                response = await self._client.post(self._url, content=content)
-            except httpx.TimeoutException:
+                async with asyncio.timeout(
+                    self.settings.timeout
+                ):  # httpx's is for each piece: drops of an answer never end
+                    response = await self._client.post(self._url, content=content)
+            except (httpx.TimeoutException, TimeoutError):
                 problem, kind, wish = f"no answer in {self.settings.timeout:g} s", TIMEOUT, 0.0
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 problem, kind, wish = f"the request failed: {error or type(error).__name__}", ERROR, 0.0

@@ -70,6 +70,7 @@ class JudgedReward:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._metered is not None:
             await self._metered.close()
+        await asyncio.get_running_loop().shutdown_asyncgens()  # of requests that were cancelled
 
     def question(self, prompt: Prompt) -> Question:
         """What the judge is asked about the answers to a prompt. Raises ConfigError where its row lacks what the rubric needs."""
