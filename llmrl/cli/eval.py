@@ -39,7 +39,7 @@ _WIDTH = 110
 _SWITCHES = {"--allow-missing": "allow_missing", "--overwrite": "overwrite"}
 _USAGE = """usage: llmrl eval --model M --benchmark NAME[,NAME ...] [--data-dir DIR] [--template T] [--n K] [--output FILE|DIR] [key=value ...]
        llmrl eval --model M --data FILE [--n K] [--output FILE|DIR] [key=value ...]
-       llmrl eval --benchmark NAME --predictions FILE [--data-dir DIR] [--allow-missing] --output FILE
+       llmrl eval --benchmark NAME --predictions FILE [--data-dir DIR | --data FILE] [--allow-missing] --output FILE
        llmrl eval --how-many MARGIN --benchmark NAME [--accuracy P] [--result FILE]    how many samples a 95% interval of +- MARGIN needs
 
   llmrl eval --model runs/grpo/model --benchmark math500,aime24 --output results
@@ -159,6 +159,8 @@ def _remarks(result: EvalResult) -> list[str]:
     if failures:
         listed = ", ".join(f"{count} {reason}" for reason, count in failures.items())
         lines.append(f"without a score, counted as wrong: {listed}")
-    if result.missing:
-        lines.append(f"without a completion, counted as wrong: {len(result.missing)}")
+    if missing := result.failures.get("missing"):
+        lines.append(
+            f"completions that are missing, counted as wrong: {missing}; {len(result.missing)} problems have none"
+        )
     return lines

@@ -35,7 +35,10 @@ class EvalConfig(Recipe, ModelFields):
     benchmark: Annotated[list[str], BeforeValidator(_names)] = Field(
         [], description="benchmarks that come with llmrl, or paths of YAML files: math500,aime24"
     )
-    data: Sources = Field([], description="instead of a benchmark: problems, a path or a list of sources")
+    data: Sources = Field(
+        [],
+        description="instead of a benchmark: problems, a path or a list of sources; beside one: where its problems are",
+    )
     data_dir: str | None = Field(None, description="local copies of the benchmarks' problems; default: the hub")
     template: str | None = Field(None, description="a name under the benchmark's `prompts`; default: its first")
     predictions: str | None = Field(
@@ -72,16 +75,22 @@ class EvalConfig(Recipe, ModelFields):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if bool(self.benchmark) == bool(self.data):
+        if not self.benchmark and not self.data:
             raise ValueError(
                 "give `benchmark` (--benchmark math500,aime24), or `data` (--data FILE) for problems of your own"
-                + ("; not both" if self.data else "")
+            )
+        if self.data and (len(self.benchmark) > 1 or (self.benchmark and self.data_dir is not None)):
+            raise ValueError(
+                "`data` beside a benchmark is the file of its problems: give one benchmark with it, and no data_dir; several benchmarks find "
+                "their files in a data_dir"
             )
         if len(set(self.benchmark)) < len(self.benchmark):
             raise ValueError(f"benchmark names one twice: {', '.join(self.benchmark)}")
         for key in ("data_dir", "template", "predictions"):
-            if self.data and getattr(self, key) is not None:
-                raise ValueError(f"{key} is for benchmarks, and `data` names a file; remove one of them")
+            if not self.benchmark and getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key} is for benchmarks, and only `data` is given; name the benchmark too, or remove it"
+                )
         if self.benchmark and self.system_prompt is not None:
             raise ValueError("system_prompt is for `data`; a benchmark's prompts are its templates (--template NAME)")
         if self.predictions is not None:

@@ -71,11 +71,11 @@ def load_spec(name: str) -> BenchmarkSpec:
     return load_file(BenchmarkSpec, find_spec(name))
 
 
-def load_benchmark(name: str, data_dir: str | Path | None = None) -> Benchmark:
+def load_benchmark(name: str, data_dir: str | Path | None = None, data: Sequence[DatasetSource] = ()) -> Benchmark:
     """A shipped benchmark by name, or a user's by the path of its YAML file.
 
-    The problems of a shipped one come from `data_dir` where that is given (`NAME.jsonl` as the data scripts write it, or
-    `eval_NAME.jsonl`), else from where the benchmark's file says. Raises ConfigError for an unknown benchmark or a missing copy,
+    The problems come from `data` where that is given; those of a shipped one from `data_dir` where that is (`NAME.jsonl` as the data
+    scripts write it, or `eval_NAME.jsonl`); else from where the benchmark's file says. Raises ConfigError for an unknown benchmark or a missing copy,
     DataError for rows that can't be used.
     """
     file = find_spec(name)
@@ -84,7 +84,9 @@ def load_benchmark(name: str, data_dir: str | Path | None = None) -> Benchmark:
     if convert is None:
         near = ", ".join(difflib.get_close_matches(spec.convert, CONVERTERS, n=3, cutoff=0.4) or sorted(CONVERTERS))
         raise ConfigError(f"benchmark {name}: convert {spec.convert!r} is not known; there are: {near}")
-    if data_dir is not None and file.parent == SPECS:
+    if data:
+        sources = list(data)
+    elif data_dir is not None and file.parent == SPECS:
         sources = [DatasetSource(path=str(local_copy([file.stem, *spec.copies], Path(data_dir))))]
     else:
         sources = [_beside(source, file) for source in spec.data]
@@ -103,7 +105,9 @@ def _beside(source: DatasetSource, file: Path) -> DatasetSource:
 def local_copy(names: Sequence[str], folder: Path) -> Path:
     """The file of a folder that holds a benchmark's problems, under any of its names. Raises ConfigError, saying what was looked for."""
     if not folder.is_dir():
-        raise ConfigError(f"data_dir {folder} is no directory (current directory: {Path.cwd()})")
+        raise ConfigError(
+            f"data_dir {folder} is no directory (for one file: --data FILE; current directory: {Path.cwd()})"
+        )
     wanted = [pattern.format(name=name) for name in names for pattern in _LOCAL]
     for file in wanted:
         if (folder / file).is_file():

@@ -107,12 +107,32 @@ def test_what_would_fail_after_the_sampling_fails_before_it(benchmark, tiny_mode
         ([*shared, *mine, "n=4", "temperature=0"], "n=4 equal completions"),
         ([*mine], "give the model"),
         ([*shared], "give `benchmark`"),
-        ([*shared, *mine, "--data", "d.jsonl"], "not both"),
+        ([*shared, *mine, "--data", "d.jsonl", "--data-dir", "d"], "and no data_dir"),
+        ([*shared, "--benchmark", f"{benchmark},{code}", "--data", "d.jsonl"], "give one benchmark with it"),
+        ([*shared, "--data", "d.jsonl", "--template", "chat"], "template is for benchmarks"),
         ([*shared, *mine, "--predictions", "p.jsonl"], "leave --model out"),
     ):
         assert main(["eval", *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error, (arguments, error)
+
+
+def test_the_problems_of_a_benchmark_may_be_a_file(benchmark, tmp_path, capsys):
+    rows = [{"id": f"other{i}", "question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(2)]
+    (tmp_path / "elsewhere.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    predictions, out = tmp_path / "p.jsonl", tmp_path / "r.json"
+    predictions.write_text('{"id": "other0", "completion": "0"}\n{"id": "other1", "completion": "3"}\n')
+    arguments = [
+        "--benchmark",
+        str(benchmark),
+        "--predictions",
+        str(predictions),
+        "--data",
+        str(tmp_path / "elsewhere.jsonl"),
+    ]
+    assert main(["eval", *arguments, "--output", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["accuracy"] == 0.5 and result["manifest"]["data"]["path"].endswith("elsewhere.jsonl")
 
 
 def test_completions_of_a_file_are_judged_without_a_model(benchmark, tmp_path, capsys):
