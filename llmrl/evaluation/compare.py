@@ -206,7 +206,7 @@ def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _knows(leaves: Mapping[str, Any], part: str) -> bool:
-    return any(key.startswith(f"{part}.") and value is not None for key, value in leaves.items())
+    return any(key.startswith(f"{part}.") and value not in (None, []) for key, value in leaves.items())
 
 
 def _range(counts: Sequence[int]) -> str:

@@ -94,6 +94,7 @@ def test_other_problems_and_another_judge_are_refused_unless_forced(change, said
         ({"engine__kind": "local"}, 'engine.kind is "vllm" in A and "local" in B'),
         ({"chat_template_sha256": "c2"}, "the chat templates differ, of the same weights"),
         ({"data__sha256": None, "sampling": None}, "B does not say its data.sha256, sampling"),
+        ({"template": {"name": None, "user": None, "cut": []}}, "B does not say its template"),
         ({"missing": ["p", "q"]}, "2 problems of B have no completion and count as wrong: p, q"),
     ],
 )

@@ -104,6 +104,15 @@ def test_letters_and_texts_are_classed_by_their_own_verifier():
     assert partition(texts) == {frozenset({0, 1}), frozenset({2})}
 
 
+def test_in_a_mixture_each_row_is_classed_by_the_verifier_that_it_names():
+    mixed = RewardSpec(function="verifier")
+    math, choice = {"verifier": "math_answer", "answer": "3"}, {"verifier": "multiple_choice", "answer": "A"}
+    assert extract(mixed, r"so \boxed{0.5}", math) == "0.5" and extract(mixed, "The answer is (C).", choice) == "C"
+    assert extract(mixed, "print(1)", {"verifier": "code_tests", "answer": ""}) is None
+    first, second = classes(mixed, [Ballot("a", ["1/2", "0.5"], [False] * 2, math), Ballot("b", ["B", "C"], [False] * 2, choice)])  # fmt: skip
+    assert partition(first) == {frozenset({0, 1})} and partition(second) == {frozenset({0}), frozenset({1})}
+
+
 def test_nothing_is_compared_where_nothing_is_open(monkeypatch):
     monkeypatch.setattr(votes, "RewardRunner", None)
     assert classes(MATH, [Ballot("a", ["1", "1.0", "2", "2", None], [True, True, False, False, False])]) == [
