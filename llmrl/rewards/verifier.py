@@ -191,7 +191,7 @@ def verifier(
     are ours (NAMES) and open-instruct's (OPEN_INSTRUCT). Rows judged by code need `allow_code_execution: true`.
     Raises DataError for a name that there is not; a runner has refused it before.
 
-    Example: verifier.score("so B.", "multiple_choice", answer="B") -> 1.0
+    Example: verifier.score("Answer: B", "multiple_choice", answer="B") -> 1.0
     """
     builtin = builtin_of(verifier)
     if builtin is None:
