@@ -22,7 +22,7 @@ from llmrl.data.addition import write_files
 from llmrl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmrl.evaluation.runner import EvalResult
+    from llmrl.evaluation.result import EvalResult
 
 _MARK = ".llmrl-quickstart"
 # 259 tokens are the bytes and three special ones: one token a character. The sizes give 0.6 million parameters. With the usual
@@ -101,10 +101,10 @@ def _plain(value: Any) -> Any:
 
 def _evaluate(model: Path, data: Path, out: Path, seed: int) -> dict[str, EvalResult]:
     """Greedy and sampled accuracy on the held-out problems, with the reward of the training as the scorer."""
-    from llmrl.cli.eval import evaluate_model
     from llmrl.config.data import DatasetSource
     from llmrl.config.evaluation import EvalConfig
     from llmrl.config.reward import RewardSpec
+    from llmrl.evaluation.run import run_evaluation
 
     results = {}
     for mode, temperature in _MODES.items():
@@ -117,7 +117,7 @@ def _evaluate(model: Path, data: Path, out: Path, seed: int) -> dict[str, EvalRe
             max_completion_length=48,
             batch_size=400,
         )
-        results[mode] = evaluate_model(config)
+        (results[mode],) = run_evaluation(config)
         results[mode].save(out / f"{mode}.json")
     return results
 

@@ -44,7 +44,7 @@ def test_it_leaves_models_curves_results_and_a_summary(short, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "curves.png" in printed and "greedy" in printed
     results = json.loads((out / "before" / "greedy.json").read_text())
-    assert results["accuracy"] == summary["accuracy_before"] and results["config"]["temperature"] == 0
+    assert results["accuracy"] == summary["accuracy_before"] and results["manifest"]["sampling"]["temperature"] == 0
     assert main(["quickstart", "--output-dir", str(out)]) == 0  # again, afresh
     assert json.loads((out / "summary.json").read_text())["seed"] == 0
 
