@@ -29,12 +29,14 @@ COMMANDS = {
         "a run that must change nothing: does the engine sample with the trainer's weights?",
     ),
     "check": ("llmrl.cli.check", "what a recipe would do: rows, masks, lengths, batches, rewards, memory"),
+    "plan": ("llmrl.cli.scale", "what a recipe needs on a cluster, on paper: memory, sharding, time of a step"),
     "try-reward": ("llmrl.cli.try_reward", "a recipe's rewards on answers that you write"),
     "audit-verifier": ("llmrl.cli.audit", "a verifier against labelled answers: agreement, precision, recall"),
     "judge-check": ("llmrl.cli.judge_check", "a rubric's judge against planted attacks and known answers"),
     "serve": ("llmrl.cli.serve", "a vLLM server that training samples from; --check looks at one that runs"),
     "init-model": ("llmrl.cli.init_model", "a small model from scratch, with a tokenizer trained on your files"),
-    "merge": ("llmrl.cli.merge", "a LoRA adapter merged into its base model"),
+    "export": ("llmrl.cli.export", "a trained model out: merged, cast, sharded, with its card, and to the hub"),
+    "merge": ("llmrl.cli.merge", "a LoRA adapter merged into its base model: short for export --merge"),
     "quickstart": ("llmrl.cli.quickstart", "model, SFT, GRPO and evaluation in one go, without a network"),
 }
 

@@ -63,7 +63,7 @@ class Source:
             task = task or saved.get("task_type")
             _check_task(name, saved.get("task_type"), task)
             _check_directory(self.base, f"the base model of the adapter {name}", ("config.json",))
-            self.hub["revision"] = "main"
+            self.hub["revision"] = saved.get("revision") or "main"
         try:
             self.config = AutoConfig.from_pretrained(self.base, **self.hub)
         except _LOADING_ERRORS as error:
@@ -158,11 +158,19 @@ class Source:
         lora = self.fields.lora
         if self.adapter is not None:
             return _continue_adapter(model, self.adapter, lora, self.fields.model_revision, weights)
-        return model if lora is None else new_adapter(model, lora, getattr(self.fields, "seed", 0), self.task)
+        if lora is None:
+            return model
+        seed, revision = getattr(self.fields, "seed", 0), self.fields.model_revision
+        return new_adapter(model, lora, seed, self.task, revision=None if revision == "main" else revision)
 
 
-def new_adapter(model: Any, lora: LoraSettings, seed: int, task: Task = "CAUSAL_LM") -> Any:
-    """A new adapter around the model; for "SEQ_CLS" peft trains and saves the score layer beside it."""
+def new_adapter(
+    model: Any, lora: LoraSettings, seed: int, task: Task = "CAUSAL_LM", *, revision: str | None = None
+) -> Any:
+    """A new adapter around the model; for "SEQ_CLS" peft trains and saves the score layer beside it.
+
+    `revision` is the base's on the hub, which the adapter remembers.
+    """
     from peft import LoraConfig, get_peft_model
 
     name = model.config._name_or_path
@@ -171,7 +179,7 @@ def new_adapter(model: Any, lora: LoraSettings, seed: int, task: Task = "CAUSAL_
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, LoraConfig(task_type=task, **lora.model_dump()))
+            return get_peft_model(model, LoraConfig(task_type=task, **lora.model_dump()), revision=revision)
         except ValueError as error:
             raise ConfigError(f"lora: {error}") from error
 

@@ -26,6 +26,7 @@ from torch import nn
 from llmrl.config.load import dump_recipe
 from llmrl.errors import LLMRLError
 from llmrl.train.backend import Backend
+from llmrl.train.card import write_card
 from llmrl.train.checkpoint import CheckpointError, CheckpointStore, step_of
 from llmrl.train.files import publish, require_writable
 from llmrl.train.plot import plot_curves
@@ -47,7 +48,7 @@ class Run:
     """The run directory `config.output_dir` and the bookkeeping of the loop.
 
     Files: config.yaml, metrics.jsonl, samples/, checkpoints/, summary.json (status: running, finished, stopped or failed), and at
-    the end model/ and curves.png. `stateful` objects and the weights of `modules` (a critic, a moving reference) are saved in checkpoints
+    the end model/ (with its card, README.md) and curves.png. `stateful` objects and the weights of `modules` (a critic, a moving reference) are saved in checkpoints
     and restored by name; `save_model(directory)` and `load_model(directory)` write and read the weights of the model. `callbacks` are objects with any of on_train_begin(trainer),
     on_step_end(trainer, step, metrics) -> True to stop, on_save(path), on_train_end(trainer).
 
@@ -273,10 +274,13 @@ class Run:
         self._summarise("running", None)
 
     def _finish(self) -> None:
+        name = self.config.run_name or self.directory.name
+
         def write() -> None:
             temporary = self.directory / ".tmp_model"
             shutil.rmtree(temporary, ignore_errors=True)  # a kill may have left one
             self.save_model(temporary)
+            write_card(temporary, name=name, run=self.directory, step=self.step, source=self.config.model_name_or_path)
             publish(temporary, self.directory / "model")
             if self._metrics:
                 plot_curves(self.directory)

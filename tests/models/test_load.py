@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmrl.config.model import LoraSettings, ModelFields
 from llmrl.errors import ConfigError
+from llmrl.models.export import write_export
 from llmrl.models.forward import PolicyModule
 from llmrl.models.load import (
     disable_dropout,
@@ -21,7 +22,6 @@ from llmrl.models.load import (
     save_model,
     stop_token_ids,
 )
-from llmrl.models.merge import merge_lora
 from llmrl.models.weights import full_parameters
 from tests.conftest import CHATML
 from tests.models.families import batch_of, furthest, gradients, make
@@ -149,7 +149,7 @@ def test_adapters_come_back(tiny_model_dir, tmp_path, variant):
     load_weights(fresh, tmp_path / "adapter")
     assert torch.equal(logits(fresh), want)
 
-    merge_lora(tmp_path / "adapter", tmp_path / "merged")
+    write_export(str(tmp_path / "adapter"), tmp_path / "merged", merge=True)
     merged = plain(tmp_path / "merged")
     assert torch.allclose(logits(merged), want, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHATML
@@ -209,7 +209,7 @@ def test_adapter_settings_that_do_not_fit(tiny_model_dir, tmp_path):
     with pytest.raises(ConfigError, match=r"r=4, lora_alpha=8\.0, the recipe asks for r=16"):
         load_policy(fields(tmp_path / "a", lora=LoraSettings()))
     with pytest.raises(ConfigError, match="there is nothing to merge"):
-        merge_lora(tiny_model_dir, tmp_path / "b")
+        write_export(str(tiny_model_dir), tmp_path / "b", merge=True)
 
 
 def test_full_models_come_back(tiny_model_dir, tmp_path):

@@ -21,8 +21,8 @@ from llmrl.config.model import LoraSettings, ModelFields
 from llmrl.config.ppo import PPOConfig
 from llmrl.data.packing import pack
 from llmrl.errors import ConfigError
+from llmrl.models.export import write_export
 from llmrl.models.load import load_policy, load_weights, stop_token_ids
-from llmrl.models.merge import merge_lora
 from llmrl.models.score import ScoreModule
 from llmrl.models.scorer import (
     load_critic,
@@ -182,7 +182,7 @@ def test_adapters_bring_their_score_layer(tiny_model_dir, tmp_path):
     on_base = PeftModel.from_pretrained(reload(tiny_model_dir, **base), tmp_path / "rm")
     auto = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "rm", **base)
     by_transformers = reload(tmp_path / "rm", **base)
-    merge_lora(tmp_path / "rm", tmp_path / "merged")
+    write_export(str(tmp_path / "rm"), tmp_path / "merged", merge=True)
     merged = reload(tmp_path / "merged")
     assert type(merged).__name__ == "Qwen2ForSequenceClassification" and merged.config.num_labels == 1
     for loaded in (on_base, auto, by_transformers, merged):
