@@ -155,6 +155,8 @@ def _remarks(result: EvalResult) -> list[str]:
     for name, found in result.also.items():
         interval = "" if found["interval"] is None else ", 95% interval {:.4f} to {:.4f}".format(*found["interval"])
         lines.append(f"{name} {found['value']:.4f}{interval}")
+    if elsewhere := result.extra.get("other_split"):
+        lines.append(f"completions of problems of another split, left out: {len(elsewhere)}")
     failures = {reason: count for reason, count in sorted(result.failures.items()) if reason != "missing"}
     if failures:
         listed = ", ".join(f"{count} {reason}" for reason, count in failures.items())

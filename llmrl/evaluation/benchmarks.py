@@ -28,12 +28,14 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark that has been read: its name, what its file says, its problems in the form of `llmrl.data.convert`, and their source."""
+    """A benchmark that has been read: its name, what its file says, its problems in the form of `llmrl.data.convert`, their source, and
+    the ids of the rows there that are not among its problems (other splits)."""
 
     name: str
     spec: BenchmarkSpec
     problems: list[Record]
     path: str = ""
+    others: frozenset[str] = frozenset()
 
 
 def shipped() -> list[str]:
@@ -90,10 +92,10 @@ def load_benchmark(name: str, data_dir: str | Path | None = None, data: Sequence
         sources = [DatasetSource(path=str(local_copy([file.stem, *spec.copies], Path(data_dir))))]
     else:
         sources = [_beside(source, file) for source in spec.data]
-    problems = _converted(load_rows(sources, seed=0, raw=True), convert)
+    problems, others = _converted(load_rows(sources, seed=0, raw=True), convert)
     path = " and ".join(source.path for source in sources)
     _check(file.stem, spec, problems, path)
-    return Benchmark(file.stem, spec, problems, path)
+    return Benchmark(file.stem, spec, problems, path, others)
 
 
 def _beside(source: DatasetSource, file: Path) -> DatasetSource:
@@ -161,8 +163,8 @@ def _fill(template: PromptTemplate, problem: Record) -> str | list[dict[str, str
     return [*system, *earlier, {"role": "user", "content": filled(template.user or "")}]
 
 
-def _converted(rows: Sequence[Row], convert: Converter) -> list[Record]:
-    problems = []
+def _converted(rows: Sequence[Row], convert: Converter) -> tuple[list[Record], frozenset[str]]:
+    problems, others = [], set()
     for index, row in enumerate(rows):
         try:
             problem = read(row.values, index, convert)
@@ -170,7 +172,9 @@ def _converted(rows: Sequence[Row], convert: Converter) -> list[Record]:
             raise DataError(f"{row.origin}: {error}") from None
         if problem is not None:
             problems.append(problem)
-    return problems
+        else:
+            others.add(str(row.values.get("id", row.values.get("task_id"))))
+    return problems, frozenset(others)
 
 
 def _check(name: str, spec: BenchmarkSpec, problems: list[Record], path: str) -> None:

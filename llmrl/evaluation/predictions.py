@@ -100,11 +100,12 @@ def matched(
 ) -> tuple[list[list[str | None]], list[str]]:
     """The completions of each problem, in order, and the ids of the problems without any.
 
-    A problem without any gets as many nulls as the others have completions at most. Raises DataError for ids that are no problem's, and
+    A problem without any gets as many nulls as the others have completions at most. Predictions for rows of the data that are of another
+    split are left out. Raises DataError for ids that are no problem's, and
     unless `allow_missing` for problems without a prediction and for completions that are null.
     """
     ids = [problem["id"] for problem in benchmark.problems]
-    known = set(ids)
+    known = {*ids, *benchmark.others}
     unknown = [id for id in predictions if id not in known]
     if unknown:
         raise DataError(
@@ -120,7 +121,7 @@ def matched(
             if group
         ]
         raise DataError(f"{'; '.join(what)}. Add them, or --allow-missing counts them as wrong")
-    most = max(map(len, predictions.values()), default=0) or 1
+    most = max((len(predictions[id]) for id in ids if id in predictions), default=0) or 1
     none: list[str | None] = [None] * most
     lists = [none if id in set(missing) else predictions[id] for id in ids]
     return lists, missing
@@ -146,7 +147,8 @@ def score_predictions(
             f"benchmark {benchmark.name} compares log-probs of a model and has no completions to judge; answers in letters are those of "
             f"{benchmark.name.removesuffix('_logprob')}"
         )
-    lists, missing = matched(benchmark, read_predictions(path), allow_missing=allow_missing)
+    predictions = read_predictions(path)
+    lists, missing = matched(benchmark, predictions, allow_missing=allow_missing)
     prompts = [
         Prompt(
             str(r.values["id"]),
@@ -169,7 +171,11 @@ def score_predictions(
     reads = reads_answers(spec.scorer)
     if reads and max(map(len, lists)) > 1:
         add_classes(rows, prompts, spec.scorer)
-    extra = {"unusable_answers": [{"id": b.prompt_id, "reason": b.reason} for b in unusable]} if unusable else {}
+    extra: dict[str, Any] = {}
+    if unusable:
+        extra["unusable_answers"] = [{"id": b.prompt_id, "reason": b.reason} for b in unusable]
+    if elsewhere := sorted(benchmark.others & predictions.keys()):
+        extra["other_split"] = elsewhere
     return EvalResult(rows, benchmark.name, _manifest(benchmark, Path(path)), missing, reads, extra)
 
 

@@ -10,7 +10,7 @@ import pytest
 from llmrl.errors import ConfigError, DataError
 from llmrl.evaluation.also import summary
 from llmrl.evaluation.benchmarks import load_benchmark
-from llmrl.evaluation.predictions import read_predictions, score_predictions
+from llmrl.evaluation.predictions import matched, read_predictions, score_predictions
 
 SUMS = """
 title: Sums
@@ -208,3 +208,17 @@ def test_intervals_of_further_numbers():
     assert summary(rows([[None], [1.0]], [1, 1]))["x"]["value"] == 0.5  # one that failed counts 0
     assert summary(rows([[5.0], [5.0]], [1, 1]))["x"] == {"value": 5.0, "interval": None}
     assert summary([{"id": "a"}]) == {}
+
+
+def test_completions_for_another_split_are_left_out(tmp_path):
+    """MBPP's file holds all splits: who completed all of them is judged on the test split."""
+    from llmrl.data.convert import mbpp_task
+    from llmrl.evaluation.benchmarks import Benchmark, load_spec
+
+    rows = [{"task_id": i, "prompt": "p", "code": "x", "test_list": ["assert x"]} for i in (2, 11, 12)]
+    problems = [mbpp_task(row, 0) for row in rows[1:]]
+    benchmark = Benchmark("mbpp", load_spec("mbpp"), problems, "", frozenset({"mbpp/2"}))
+    given = {"mbpp/2": ["a", "b", "c"], "mbpp/11": ["a"], "mbpp/12": ["b"]}
+    assert matched(benchmark, given) == ([["a"], ["b"]], [])
+    with pytest.raises(DataError, match="1 of 4 predictions are of no problem of mbpp: 'mbpp/3'"):
+        matched(benchmark, {**given, "mbpp/3": ["x"]})
