@@ -26,8 +26,9 @@ _KEYS = {
 class EvalResult:
     """What an evaluation found, on one benchmark; `to_dict` is the result file, which `llmrl compare` and `llmrl report` read.
 
-    `rows` has one mapping a problem: id, then lists with an item a sample: correct, rewards, outcomes, answers (what was read out of the
-    completion, None for nothing), lengths (tokens; None for completions that came as text), finish, completions, notes (the scorer's);
+    `rows` has one mapping a problem: id, prompt (as the model was asked), gold (the reference answer), then lists with an item a sample:
+    correct, rewards, outcomes, answers (what was read out of the completion, None for nothing), lengths (tokens; None for completions that
+    came as text), finish, completions, notes (the scorer's);
     then `meta`, the problem's columns that accuracy is broken down by, and `classes` where there was a vote: samples of equal classes gave
     the same answer, and `also` where the benchmark has further scorers. Problems may have different numbers of samples.
     """

@@ -228,6 +228,8 @@ def row_of(
     reads = judged_by is not None and reads_answers(judged_by)
     return {
         "id": prompt.id,
+        "prompt": prompt.text,
+        "gold": prompt.columns.get("answer"),
         "correct": [is_right(s, threshold) for s in scored],
         "rewards": [s.reward for s in scored],
         "outcomes": [outcome(s) for s in scored],
