@@ -12,6 +12,8 @@ from llmrl.rewards.base import BATCH_INPUTS, ROW_INPUTS
 from llmrl.types import Prompt, Rollout
 
 logger = logging.getLogger("llmrl.rewards")
+# Where nobody trains (trying a recipe, evaluating a model): the same keys as in a run, so that functions that read them work.
+_NO_RUN = {"global_step": 0, "max_steps": 1}
 _SIMPLE = (str, int, float, bool, type(None))
 # Names that are ours in either calling convention: a column of such a name is not forwarded.
 _OURS = {*BATCH_INPUTS, *ROW_INPUTS}
@@ -23,7 +25,7 @@ class RewardInputs:
     """
 
     def __init__(self, prompts: Sequence[Prompt], trainer_state: Mapping[str, Any] | None) -> None:
-        self.trainer_state = dict(trainer_state or {})
+        self.trainer_state = {**_NO_RUN, **(trainer_state or {})}
         self._columns = columns_of(prompts)
 
     def columns(self, name: str, description: Mapping[str, Any], *, send: bool) -> dict[str, list[Any]]:

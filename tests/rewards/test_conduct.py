@@ -151,3 +151,12 @@ def test_extra_columns_are_plain_values_and_can_be_written_down(tmp_path):
     found = json.loads(line)
     assert "16610 bits" in found["extra"]["odd"]["huge"]
     assert found["completion"] == "\udfff" and found["extra"]["odd"]["half a pair"] == "\ud800"
+
+
+def test_a_function_may_ask_for_the_step_where_nobody_trains():
+    def progress(completions, trainer_state, **kwargs):
+        return [trainer_state.global_step / trainer_state.max_steps + trainer_state["global_step"]]
+
+    with RewardRunner([], reward_funcs=progress) as runner:
+        assert runner.score(rollouts("a"))[0].reward == 0.0
+        assert runner.score(rollouts("a"), {"global_step": 1, "max_steps": 4})[0].reward == 1.25
