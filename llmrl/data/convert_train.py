@@ -141,9 +141,7 @@ def conversation(row: Mapping[str, Any], index: int, *, prefix: str = "sft", sou
     if is_record(row):
         messages, rest = row["messages"], dict(row["meta"])
     else:
-        given = as_messages(
-            {k: v for k, v in row.items() if k not in ("text", "completion")}
-        )  # Alpaca's text says it all again
+        given = as_messages({k: v for k, v in row.items() if k != "completion"})
         if "messages" not in given:
             raise KeyError("messages, or instruction and output, or conversations")
         used = ("id", "source", "messages", "conversations", "instruction", "input", "output", "system", "text")

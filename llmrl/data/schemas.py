@@ -282,8 +282,8 @@ def _from_json(value: Any, column: str) -> Any:
 
 
 def as_messages(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Alpaca's and ShareGPT's columns as `messages`; everything else as it is."""
-    if "messages" in values or "text" in values or "completion" in values:
+    """Alpaca's and ShareGPT's columns as `messages`, which then count before a `text` that says it all again; everything else as it is."""
+    if "messages" in values or "completion" in values:
         return values
     if isinstance(values.get("instruction"), str) and isinstance(values.get("output"), str):
         asked = "\n\n".join(part for part in (values["instruction"], values.get("input")) if part)

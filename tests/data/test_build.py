@@ -51,6 +51,7 @@ CHAT = ("<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\nanswer<|im_end|
         ({"messages": [USER, ASSISTANT]}, CHAT),
         ({"prompt": [USER], "completion": [ASSISTANT]}, CHAT),
         ({"instruction": "the", "input": "", "output": "answer"}, CHAT),
+        ({"instruction": "the", "input": "", "output": "answer", "text": "Below is an instruction. the answer"}, CHAT),
         ({"conversations": [{"from": "human", "value": "the"}, {"from": "gpt", "value": "answer"}]}, CHAT),
         ({"messages": [USER, {**ASSISTANT, "tool_calls": None}], "other": 1}, CHAT),
     ],
