@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from llmrl.errors import DataError
+from llmrl.functional.boxed import BOX, braced
 from llmrl.rewards.answer import (
     all_boxed,
     final_answer,
@@ -25,12 +26,24 @@ from llmrl.rewards.answer import (
     unwrap,
 )
 from llmrl.rewards.base import row_verifier, wrong
+from llmrl.rewards.math_chain import whole_number
+from llmrl.rewards.math_clean import EMPTY
 from llmrl.rewards.math_equal import equal
 from llmrl.rewards.math_names import is_word
 from llmrl.rewards.math_near import near
 from llmrl.rewards.math_parse import Node
-from llmrl.rewards.math_prose import choice_in, denied, ends_with_words, first_answer, marked_sentence, spoken_answer
+from llmrl.rewards.math_prose import (
+    choice_in,
+    ends_with_words,
+    first_answer,
+    last_number_and_unit,
+    last_sentence,
+    marked_sentence,
+    spoken_answer,
+)
 from llmrl.rewards.math_read import Reading, reading
+from llmrl.rewards.math_said import between, denied, plain, qualified, rejected, without_questions, yes_or_no
+from llmrl.rewards.math_words import spoken_number
 
 # An answer may be this much longer than its reference; longer ones are no final answers, and slow to parse.
 EXTRA_CHARACTERS = 500
@@ -141,40 +154,87 @@ def _gold(columns: dict[str, Any], column: str | None) -> str:
 def _answer(completion: str, gold: str) -> str | None:
     """The final answer of a completion as a text that can be read, where there is one."""
     thoughts, _, said = completion.rpartition("</think>")
-    if thoughts and final_answer(said, numeric=False) is not None:
+    if thoughts and re.search(r"\w", said):
         completion = said  # what was boxed in thoughts was not said
+    completion = plain(completion)
     ours = reading(gold)
-    words, numeric = ours.words is not None, number_with_unit(gold) is not None
     marked = final_answer(completion, numeric=False)
-    if marked is not None and same_text(marked, gold):
+    if marked is not None and same_text(marked, gold) and not _box_rejected(completion):
         return marked
     if marked is not None and "boxed" in completion:
-        if (later := _after_boxes(completion)) is not None:
-            return later
-        if number_of(marked) is not None or len(marked) > 600 or reading(marked).formula:
-            return marked
-        # "The answer is 10" inside a box; what is merely long or odd stays what it is.
-        found = None if words else spoken_answer(re.sub(r"\\text *\{([^{}]*)\}", r"\1", marked))
-        return found or marked
+        return _boxed_answer(completion, marked, words=ours.words is not None)
     if marked is not None:
-        if number_of(marked) is not None or reading(marked).formula or (words and reading(marked).words == ours.words):
-            return marked
-        found, sentence = marked_sentence(marked, words=words)
-        if found is None and numeric and re.search("[A-Za-z]", sentence):
-            found = last_number(sentence)
-        return found or marked
+        return _marked_answer(marked, ours, numeric=_is_number(gold))
     if r"\boxed" in completion or r"\fbox" in completion:
         return None  # cut off inside its box
-    if words and ours.words and ends_with_words(completion, ours.words):
-        return ours.words
+    return _unmarked_answer(without_questions(completion), gold, ours)
+
+
+def _boxed_answer(completion: str, marked: str, *, words: bool) -> str | None:
+    if (later := _after_boxes(completion)) is not None:
+        return later
+    if _box_rejected(completion):
+        return None
+    if number_of(marked) is not None or len(marked) > 600 or reading(marked).formula:
+        return marked
+    # "The answer is 10" inside a box; what is merely long or odd stays what it is.
+    inside = re.sub(r"\\text *\{([^{}]*)\}", r"\1", marked)
+    found = None if words else between(inside) or spoken_answer(inside)
+    return (qualified(inside, found) or marked) if found else marked
+
+
+def _box_rejected(completion: str) -> bool:
+    r"""Whether the last box is said to be wrong: "\boxed{72} is too large"."""
+    boxes = list(BOX.finditer(completion))
+    if not boxes or (opening := completion.find("{", boxes[-1].end())) < 0:
+        return False
+    content = braced(completion, opening, len(completion))
+    return denied(completion, boxes[-1].start()) or (
+        content is not None and rejected(completion, opening + len(content) + 2)
+    )
+
+
+def _marked_answer(marked: str, ours: Reading, *, numeric: bool) -> str | None:
+    r"""The answer in what follows "Answer:", or is inside `<answer>`."""
+    words = ours.words is not None
+    if number_of(marked) is not None or reading(marked).formula or (words and reading(marked).words == ours.words):
+        return marked
+    found, sentence = marked_sentence(marked, words=words)
+    if found is None and numeric and re.search("[A-Za-z]", sentence):
+        found = last_number(sentence) or spoken_number(sentence)
+    if found is None or words:
+        return between(sentence) or found or marked
+    return qualified(marked, found, first=True)
+
+
+def _unmarked_answer(completion: str, gold: str, ours: Reading) -> str | None:
+    """What a text that marks no answer ends with."""
+    words, numeric = ours.words is not None, _is_number(gold)
+    if words and ours.words:
+        if ours.words in ("yes", "no", "true", "false") and (polar := yes_or_no(completion)) is not None:
+            return polar
+        same = EMPTY if ours.words in EMPTY else (ours.words,)
+        if any(ends_with_words(completion, w) for w in same):
+            return ours.words
     found = spoken_answer(completion, words=words, numeric=numeric)
     if found is None and ours.choice is not None:
         found = choice_in(completion)
+    if found is None and numeric and not re.search(r"\d", last := last_sentence(completion)):
+        found = spoken_number(last)
     if found is None:
-        found = final_answer(completion, numeric=numeric)
+        found = (None if words else between(completion)) or (last_number_and_unit(completion) if numeric else None)
     if found is None and len(completion) < 200 and _with_names(gold, completion) is not None:
         found = completion.strip()
-    return None if found is None or (not words and denied(completion, completion.rfind(found))) else found
+    return None if found is None else found if words else qualified(completion, found)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _is_number(gold: str) -> bool:
+    """Whether the reference is a number and its unit, or a formula such as 2^{10} whose value is a whole number."""
+    if number_with_unit(gold) is not None:
+        return True
+    trees = reading(gold).whole
+    return len(trees) == 1 and whole_number(trees[0])
 
 
 def _after_boxes(completion: str) -> str | None:
@@ -193,6 +253,8 @@ def equivalent(gold: str, answer: str) -> bool | None:
         return True
     numbers = number_of(gold), number_of(answer)
     if numbers[0] is not None and numbers[1] is not None:
+        if len({sign for sign in "$€£" if sign in unwrap(gold) + unwrap(answer)}) > 1:
+            return False
         return numbers[0] == numbers[1] or _same_decimals(numbers[0], numbers[1], gold, answer)
     if _decimal_comma(gold, answer) or _decimal_comma(answer, gold):
         return True

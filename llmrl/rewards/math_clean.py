@@ -95,6 +95,7 @@ _UNIT_PART = rf"(?:{_STYLED_UNIT}|{_PLAIN_UNIT}){_POWER}"
 _UNIT_TAIL = re.compile(
     rf"(?<=[\d)}}\]a-zA-Z%. ~])[\s~]*(?:\\[,; ]\s*)*({_UNIT_PART}(?:[\s~]*(?:/|\\cdot|\\,|\\ |per)?[\s~]*(?:{_UNIT_PART}|[smh](?![A-Za-z]){_POWER}))*)[\s.]*$"
 )
+_UNIT_HERE = re.compile(rf"[\s~]*{_UNIT_PART}")
 _NO_UNIT = re.compile(r"(?:^|[^A-Za-z])(?:or|and|of|if|where|million|billion|thousand|hundred|trillion|dozen|pi|mod|for|not|no|less|more|cis|percent)(?:$|[^A-Za-z])", re.IGNORECASE)  # fmt: skip
 
 
@@ -114,9 +115,15 @@ def split_unit(text: str) -> tuple[str, tuple[str, Fraction] | None]:
     if found is None or _NO_UNIT.search(found[1]) or not text[: found.start()].strip(" ~\\"):
         return text, None
     body = text[: found.start()].rstrip(" ~")
-    if not re.search(r"[\d)}\]a-zA-Z%.]$", body) or re.search(r"(?:\\[a-zA-Z]+|[=<>])$", body):
+    if not re.search(r"[\d)}\]a-zA-Z%.]$", body) or re.search(r"(?:\\(?!pi$)[a-zA-Z]+|[=<>])$", body):
         return text, None
     return body, _unit_value(found[1])
+
+
+def unit_at(text: str, start: int) -> str:
+    """The known unit that follows a number in a sentence: of "15 m long" " m"; "" where there is none."""
+    found = _UNIT_HERE.match(text, start)
+    return found[0] if found and found[0].strip() != "in" and _unit_value(found[0]) is not None else ""
 
 
 def _unit_value(unit: str) -> tuple[str, Fraction] | None:
@@ -159,6 +166,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\{([^{}]+)\\choose(?![A-Za-z])([^{}]+)\}", r"\\binom{\1}{\2}", text)
     text = re.sub(r"\bMatrix\s*(?=\(\s*\[)", "", text)
     text = re.sub(r"(?<=\d)\{:\}(?=\d)", ":", text)
+    text = re.sub(r"(?<![\w)}])\((\d+)\)\s*_(?=\s*\{?\d)", r"\1_", text)  # (1011)_2
     text = text.replace("**", "^").replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ") if not re.search(r"\d!=", text) else text.replace("**", "^")  # fmt: skip
     text = text.replace("<>", r"\neq ")
     text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)

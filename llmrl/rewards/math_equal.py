@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from llmrl.rewards.math_chain import deduced, one_stem
 from llmrl.rewards.math_matrix import computed
 from llmrl.rewards.math_parse import Node
 from llmrl.rewards.math_sets import RealSet, real_set, same_set
@@ -48,6 +49,7 @@ def equal(gold: Node, answer: Node) -> bool | None:
 def _equal(gold: Node, answer: Node) -> bool | None:
     if gold == answer:
         return True
+    answer = deduced(answer)
     gold, answer = _spread(_bound(gold, answer), answer), _spread(_bound(answer, gold), gold)
     gold, answer = _named(gold, answer)
     if gold == answer:
@@ -58,6 +60,8 @@ def _equal(gold: Node, answer: Node) -> bool | None:
     kinds = gold[0], answer[0]
     if "matrix" in kinds:
         return _matrices(gold, answer)
+    if "cases" in kinds:
+        return kinds == ("cases", "cases") and _same_elements(gold[1], answer[1], rows=True)
     if any(k in _COLLECTIONS for k in kinds) or "tuple" in kinds:
         return _collections(gold, answer)
     if "rel" in kinds or "in" in kinds:
@@ -292,6 +296,8 @@ def _collections(gold: Node, answer: Node) -> bool | None:
         return _all_equal(gold[3], answer[3])
     if any(tuples):
         ordered, other = (gold, answer) if tuples[0] else (answer, gold)
+        if tuples[1] and len(answer) == 5 and one_stem(answer[4]):
+            return _same_elements(gold[1], answer[3]) if gold[0] in _COLLECTIONS else False  # roots x_1 = 2, x_2 = 3
         if other[0] in ("seq", "and"):
             return _all_equal(ordered[3], other[1]) if ordered[1:3] != ("[", ")") else False
         # A one-element list of python, and sets written with brackets: [1, 2] for {1, 2}.
@@ -300,12 +306,14 @@ def _collections(gold: Node, answer: Node) -> bool | None:
     return _same_elements(*items)
 
 
-def _same_elements(gold: Sequence[Node], answer: Sequence[Node], *, pairs: bool = False) -> bool:
+def _same_elements(gold: Sequence[Node], answer: Sequence[Node], *, pairs: bool = False, rows: bool = False) -> bool:
     """As sets: each element of one is in the other, repetitions count once."""
     if max(len(gold), len(answer)) > MAX_ITEMS:
         raise TooLarge("too many elements")
 
     def same(a: Node, b: Node) -> bool:
+        if rows:
+            return _all_equal(a, b)
         if pairs:
             return a[0] == b[0] and equal(a[1], b[1]) is True
         return equal(a, b) is True

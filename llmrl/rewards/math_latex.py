@@ -92,6 +92,16 @@ def _decorated(p: _Parser, name: str) -> Node:
     return p.subscripted(("sym", name + ":" + re.sub(r"\s", "", found[1] or found[2])))
 
 
+def _condition(p: _Parser) -> Node:
+    """What stands right of & in cases: an inequality, or "otherwise"."""
+    found = re.compile(r"\s*(?:(?:otherwise|else)(?![A-Za-z])|(?:if|for|when) )").match(p.s, p.i)
+    if found is not None:
+        p.i = found.end()
+        if found[0].strip() in ("otherwise", "else"):
+            return ("otherwise",)
+    return p.conjunction()
+
+
 def _matrix(p: _Parser) -> Node:
     found = re.compile(r"\s*\{(\w+)\*?\}").match(p.s, p.i)
     if found is None or found[1] not in _MATRICES | _SYSTEMS:
@@ -100,8 +110,11 @@ def _matrix(p: _Parser) -> Node:
     rows: list[tuple[Node, ...]] = []
     row: list[Node] = []
     brackets, p.brackets = p.brackets, p.brackets + 1
+    cases = found[1] == "cases"
     while True:
-        row.append(p.relation())
+        row.append(_condition(p) if cases and row else p.relation())
+        if cases:
+            p.take(",") or p.take(".")
         if p.take("&"):
             continue
         if p.take("\\\\"):
@@ -119,6 +132,8 @@ def _matrix(p: _Parser) -> Node:
     p.i, p.brackets = closing.end(), brackets
     if found[1] in _SYSTEMS and len(rows[0]) == 1 and all(r[0][0] == "rel" for r in rows):
         return ("seq", tuple(r[0] for r in rows))
+    if cases and len(rows[0]) == 2:
+        return ("cases", tuple(rows))
     if found[1] not in _MATRICES:
         raise NotRead("an environment that is no system of equations")
     return ("fn", "det", (("matrix", tuple(rows)),)) if found[1] == "vmatrix" else ("matrix", tuple(rows))

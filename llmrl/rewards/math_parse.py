@@ -6,6 +6,7 @@ Nodes are tuples whose first item is the kind:
     ("add", a, b), ("mul", a, b), ("div", a, b), ("pow", a, b), ("neg", a), ("pm", sign, a), ("deg", a), ("pct", a)
     ("fn", name, args), ("based", digits, base), ("ratio", items)
     ("seq" | "or" | "and" | "set", items), ("tuple", opening, closing, items), ("matrix", rows)
+    ("cases", rows of a value and a condition), ("otherwise",)
     ("rel", sides, signs), ("in", element, set), ("cup" | "cap" | "setminus", a, b)
 """
 
@@ -187,8 +188,8 @@ class _Parser:
                 after = self.power()
                 if _proper(after):
                     return ("add", node, after)
-                if after[0] == "pct" and _proper(after[1]):
-                    return ("pct", ("add", node, after[1]))
+                if after[0] in ("pct", "deg") and _proper(after[1]):
+                    return (after[0], ("add", node, after[1]))
                 return ("mul", node, after)
             if token.isdigit():
                 found = re.compile(r"(\d+)\s*/\s*(\d+)(?![\d.])").match(self.s, self.i)
@@ -196,7 +197,11 @@ class _Parser:
                     self.i = found.end()
                     return ("add", node, _fraction(int(found[1]), int(found[2])))
                 raise NotRead("two numbers side by side")
-        if (token.isdigit() or token == ".") and self.s[: self.i][-1:] not in (" ", "!"):
+        if (
+            (token.isdigit() or token == ".")
+            and self.s[: self.i][-1:] not in (" ", "!")
+            and not (self.s[: self.i].endswith(")") and node[0] in ("add", "mul"))
+        ):
             raise NotRead("a number after a factor")
         return ("mul", node, self.power())
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
-from llmrl.rewards.answer import last_boxed, number_with_unit
+from llmrl.rewards.answer import last_boxed, last_number, number_with_unit
+from llmrl.rewards.math_clean import unit_at
 from llmrl.rewards.math_parse import MAX_CHARACTERS
 from llmrl.rewards.math_read import reading
+from llmrl.rewards.math_said import denied
 
 MAX_TAILS = 8
 _SPECIAL = re.compile(r"<\|[a-z_]+\|>", re.IGNORECASE)
@@ -14,9 +16,14 @@ _HOPE = re.compile(r"I hope (?:it|this|that)\b[^.\n]{0,40}\.?$", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[<])|<\|")
 _LETTER = re.compile(r"\(([A-J])\)|(?<![A-Za-z'$\\(])([B-HJ]|A(?! [a-z]))(?![A-Za-z'])")
 _DENIAL = re.compile(r"\b(?:not|never|neither|nor|except|unlike|no)\b|n't\b|\?", re.IGNORECASE)
-_NOT_SO = re.compile(r"(?:\bnot|n't|\bnever|\bcannot)(?: be| equal(?: to)?)?[\s$(]*$", re.IGNORECASE)
+_OPTION = re.compile(r"(?:\b(?:or|and|nor)|,)[\s*\"]*$|\b(?:after|before|than)\s+(?:an?\s+|the\s+)?$", re.IGNORECASE)
+_ADVERB = re.compile(
+    r"^(?:therefore|thus|hence|then|indeed|simply|just|now|clearly|exactly|also)\b[,:]?\s*", re.IGNORECASE
+)
 _JOIN = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
-_SEGMENT = re.compile(r"\$\$([^$]+)\$\$|(?<!\\)\$((?:\\\$|[^$])+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_SEGMENT = re.compile(
+    r"\$\$([^$]+)\$\$|(?<!\\)\$((?:\\\$|[^$])+?)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
 _TAIL = re.compile(
     r"(?:\b(?:is|are|equals?|get|gets|gives?|have|be|becomes?|obtain|obtained|yields?|find|found|answer|result|solution|value|total|thus|therefore|so|hence|conclude|choose|pick|option|simplifies to|reduces to|equal to|then|it's|that's)\b[:,]?|:|=|⇒|→)\s+",
     re.IGNORECASE,
@@ -68,6 +75,17 @@ def _without_coda(text: str) -> str:
     return text
 
 
+def last_sentence(text: str) -> str:
+    """The last sentence of a text's last line."""
+    return _SENTENCE_END.split(text[-600:].strip().rsplit("\n", 1)[-1])[-1]
+
+
+def last_number_and_unit(text: str) -> str | None:
+    """The last plain number in the text, with a known unit where one follows it."""
+    number = last_number(text)
+    return None if number is None else number + unit_at(text, text.rfind(number) + len(number))
+
+
 def choice_in(text: str) -> str | None:
     """The last capital letter from A to J that stands for a choice in a text; "A" and "I" as words are none."""
     text = text[-2000:]
@@ -75,20 +93,17 @@ def choice_in(text: str) -> str | None:
     return letters[-1] if letters else None
 
 
-def denied(text: str, start: int) -> bool:
-    """Whether what begins at `start` is said not to be so: "it is not 36"."""
-    return _NOT_SO.search(text[max(0, start - 40) : start]) is not None
-
-
 def ends_with_words(text: str, words: str) -> bool:
     """Whether the last sentence ends with these words, and denies nothing."""
     plain = re.sub(r"[\s.,!*\"]+", " ", text[-600:].strip().rsplit("\n", 1)[-1]).strip().lower()
-    sentence = re.split(r"[.!?]\s", text[-600:].strip())[-1]
-    return plain.endswith(" " + words) and not _DENIAL.search(sentence)
+    sentence = re.split(r"[.!?]\s", text[-600:].strip())[-1].rstrip(' .!*"$}')
+    before = sentence[: max(0, len(sentence) - len(words))]
+    return plain.endswith(" " + words) and not _DENIAL.search(before) and not _OPTION.search(before)
 
 
 def marked_sentence(text: str, *, words: bool = False) -> tuple[str | None, str]:
     """The answer in what follows "Answer:", and the first sentence of that, in which it is looked for."""
+    text = _ADVERB.sub("", text)
     sentence = _SENTENCE_END.split(text, maxsplit=1)[0]
     found = first_answer(text, words=words, near=3) or spoken_answer(sentence, words=words)
     return found or first_answer(text, words=words), sentence

@@ -27,6 +27,8 @@ _REALS = {"all real numbers", "all reals", "real numbers", "the real numbers", "
 _SPECIAL = re.compile(r"(?:[gG]amma|zeta|beta) ?\(|(?<![A-Za-z])n?[CP]r?\([^,()]+,[^,()]+\)")
 _CHOOSE = re.compile(r"(?<![\w.])(\d{1,4}) ?C ?(\d{1,4})(?![\w.])")
 _DIGIT_FACTOR = re.compile(r"([A-Za-z])\1(?=\d)")
+_MONEY = re.compile(r"[-+]?\s*\\?(\$|€|£|euro|pounds)\s*[-+]?[\d,.]+")
+_CURRENCIES = {"$": "money^1", "€": "euro^1", "euro": "euro^1", "£": "sterling^1", "pounds": "sterling^1"}
 _UNDEFINED = {"undefined", "not defined", "is undefined"}
 
 
@@ -70,6 +72,8 @@ def reading(text: str) -> Reading:
         )
     if time := time_of_day(re.sub(r"\\ |~", " ", _STYLE.sub(r" \1 ", text))):
         return Reading(text, whole=(("ratio", tuple(("num", Fraction(t), None) for t in time)),))
+    if (money := _MONEY.fullmatch(text)) is not None:
+        return Reading(text, (), _trees(text), (_CURRENCIES[money[1]], Fraction(1)))
     body, unit = split_unit(ascii_form(text))
     whole = _trees(text)
     bare = _trees(body) if body != ascii_form(text) else whole
@@ -82,7 +86,10 @@ def _trees(text: str) -> tuple[Node, ...]:
     cleaned = re.sub(r"[ ,;]*(?<!\.)\.?[ ,;]*$", "", clean(text))  # an ellipsis stays
     out: list[Node] = []
     ways: list[tuple[str, dict[str, bool]]] = [(cleaned, {})]
-    if re.search(r"\d,\d{3}(?!\d)", cleaned):
+    # "1,234 and 500" are two numbers, and not three.
+    if re.search(r"\d,\d{3}(?!\d)", cleaned) and not (
+        re.search(r"\\l(?:or|and)(?![a-z])", cleaned) and not re.search(r",(?!\d{3}(?!\d))", cleaned)
+    ):
         ways.append((cleaned, {"thousands": False}))
     if _SPECIAL.search(cleaned):
         ways.append((cleaned, {"special": True}))

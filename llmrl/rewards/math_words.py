@@ -11,17 +11,29 @@ _UNITS = {
 }  # fmt: skip
 _TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
+_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12}  # fmt: skip
+_WORD = "|".join(
+    sorted([*_UNITS, *_TENS, "hundred", *_SCALES, *(p + "s" for p in _PARTS), *_PARTS, "halves"], key=len, reverse=True)
+)
+_RUN = re.compile(rf"\b(?:(?:minus|negative)\s+)?(?:{_WORD})(?:(?:\s+|-)(?:and\s+)?(?:{_WORD}))*\b", re.IGNORECASE)
 _TIME = re.compile(r"(\d{1,2})(?::|\{:\})(\d{2})\s*([ap])\.?\s?m\.?", re.IGNORECASE)
 
 
 def number_in_words(text: str) -> Fraction | None:
-    """The value of a cardinal number of at most 12 words; None for all else.
+    """The value of a cardinal number of at most 12 words, or of a fraction such as "three quarters"; None for all else.
 
-    Example: number_in_words("one hundred forty-five") == 145; number_in_words("one apple") is None
+    Example: number_in_words("one hundred forty-five") == 145; number_in_words("minus two thirds") == Fraction(-2, 3); number_in_words("one apple") is None
     """
     words = re.split(r"[\s-]+", text.lower().strip())
     if not words or len(words) > 12:
         return None
+    if words[0] in ("minus", "negative") and len(words) > 1:
+        value = number_in_words(" ".join(words[1:]))
+        return None if value is None or value < 0 else -value
+    if len(words) == 2 and (part := _PARTS.get(words[1].removesuffix("s").replace("halve", "half"))):
+        several = words[1].endswith("s")
+        count = 1 if words[0] in ("a", "an") else _UNITS.get(words[0], 0)
+        return Fraction(count, part) if count and several == (count > 1) else None
     total = group = 0
     for before, word in zip(["", *words], words, strict=False):
         if word in _UNITS:
@@ -39,6 +51,12 @@ def number_in_words(text: str) -> Fraction | None:
         elif word != "and" or before != "hundred":
             return None
     return Fraction(total + group)
+
+
+def spoken_number(text: str) -> str | None:
+    """The number in words that a text holds, where it is the only one; "one" alone, often a pronoun, is none."""
+    runs = [r for r in _RUN.findall(text) if number_in_words(r) is not None]
+    return runs[0] if len(runs) == 1 and runs[0].lower() != "one" else None
 
 
 def time_of_day(text: str) -> tuple[int, int] | None:

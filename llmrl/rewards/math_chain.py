@@ -1,0 +1,48 @@
+"""Equations in a row: of "2x = 10 and x = 5" the last is the answer, x_1 = 2 and x_2 = 3 are two roots, 2^{10} is a number."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from llmrl.rewards.math_parse import Node
+from llmrl.rewards.math_value import NoValue, Point, evaluate, has, same_number, symbols
+
+_LITERALS = {"num", "add", "mul", "div", "pow", "neg", "fn", "const"}
+MAX_SIDES = 12
+
+
+def deduced(node: Node) -> Node:
+    """Of equations in one unknown, the last of which gives its value, and the others of which hold there, that last one."""
+    if node[0] not in ("and", "seq") or not 2 <= len(node[1]) <= MAX_SIDES:
+        return node
+    *before, last = node[1]
+    if any(i[0] != "rel" or set(i[2]) != {"="} or len(i[1]) != 2 for i in node[1]):
+        return node
+    name, value = last[1]
+    if name[0] != "sym" or symbols(value) or any(symbols(i) != {name[1]} or i[1][0] == name for i in before):
+        return node
+    try:
+        at = Point(0, fixed={name[1]: evaluate(value, Point(0))})
+        holds = all(same_number(*(evaluate(s, at) for s in i[1])) for i in before)
+    except NoValue:
+        return node
+    return last if holds else node
+
+
+def one_stem(names: tuple[Node, ...]) -> bool:
+    """Whether names are x_1, x_2, ...: one unknown, of which several values are given."""
+    stems = [re.fullmatch(r"(.+?)_?(\d+)", n[1]) if n[0] == "sym" else None for n in names]
+    found = [(m[1], m[2]) for m in stems if m is not None]
+    return len(found) == len(names) and len({f[0] for f in found}) == 1 and len({f[1] for f in found}) == len(names)
+
+
+def whole_number(node: Node) -> bool:
+    """Whether the node is a formula without symbols, such as 2^{10}, whose value is a whole number."""
+    if node[0] not in _LITERALS or symbols(node) or has(node, "pct") or has(node, "deg") or has(node, "pm"):
+        return False
+    try:
+        value = evaluate(node, Point(0))
+    except NoValue:
+        return False
+    return isinstance(value, Fraction) and value.denominator == 1
