@@ -58,7 +58,7 @@ CHAT = ("<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\nanswer<|im_end|
 )
 def test_row_types(tokenizer, row, expected):
     examples, report = sft([row], tokenizer)
-    if "text" in row:
+    if row.keys() == {"text"}:
         expected = (expected[0], tokenizer.decode(tokenizer(expected[0])["input_ids"][1:]))
     assert texts(tokenizer, examples) == [expected]
     assert (report.rows, report.examples, report.tokens) == (1, 1, len(examples[0]))
