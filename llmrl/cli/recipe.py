@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, overload
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmrl.config.base import Recipe, Strict
+from llmrl.config.base import Recipe, RecipeError, Strict
 from llmrl.config.dpo import DPOConfig
 from llmrl.config.explain import show
 from llmrl.config.fields import Field, Model, describe, groups, sub_model
@@ -61,6 +62,28 @@ def read_recipe(kind: str, argv: Sequence[str]) -> Recipe:
         if key in type(config).model_fields and not getattr(config, key) and (key, kind) != ("rewards", "dpo"):
             raise ConfigError(f"{path or f'{kind} recipe'}: {key} is empty: {kind} needs {what}")
     return config
+
+
+def detect_recipe(kinds: Sequence[str], recipe: str, overrides: Sequence[str], command: str) -> Recipe:
+    """The recipe as the one kind of trainer, of `kinds`, that takes it.
+
+    Raises ConfigError where several would, and where none does the shortest list of what is wrong. `command` is named in errors.
+    """
+    if recipe in CONFIGS and overrides:
+        raise ConfigError(f"the recipe is all that is needed: {command} RECIPE ..., without {recipe}")
+    taken: list[Recipe] = []
+    refused: list[ConfigError] = []
+    for kind in kinds:
+        try:
+            taken.append(read_recipe(kind, ["--config", recipe, *overrides]))
+        except ConfigError as error:
+            refused.append(error)
+    if not taken:
+        raise min(refused, key=lambda error: len(error.problems) if isinstance(error, RecipeError) else math.inf)
+    if len(taken) > 1:
+        names = " or ".join(f"--kind {config.kind}" for config in taken)
+        raise ConfigError(f"{recipe} would do for several trainers; say which one is meant: {names}")
+    return taken[0]
 
 
 def split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -12,18 +12,20 @@ from torch import nn
 class ModelShape:
     """Counts of parameters (`embedding`: those of the input table; `trainable`: with LoRA the adapters') and widths.
 
-    `query_width` and `kv_width` are heads x head size, `norm_width` is that of all norms of one layer together; `positions` is the
-    longest sequence, None where there is no bound.
+    `query_width` and `kv_width` are heads x head size, `norm_width` is that of all norms of one layer together; `heads` are those of
+    the queries, `layer_parameters` all of one layer (with adapters). `positions` is the longest sequence, None where there is no bound.
     """
 
     parameters: int
     trainable: int
     embedding: int
     layers: int
+    layer_parameters: int
     hidden: int
     intermediate: int
     query_width: int
     kv_width: int
+    heads: int
     norm_width: int
     vocab: int
     positions: int | None
@@ -36,24 +38,26 @@ def shape_of(model: nn.Module) -> ModelShape:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     query, kv = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     seen = {id(p): p for p in model.parameters()}.values()  # tied weights once
+    layer = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)[0]
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     return ModelShape(
         parameters=sum(p.numel() for p in seen),
         trainable=sum(p.numel() for p in seen if p.requires_grad),
         embedding=embedding.numel(),
         layers=config.num_hidden_layers,
+        layer_parameters=sum(p.numel() for p in layer.parameters()),
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         query_width=query,
         kv_width=kv,
-        norm_width=_norm_width(model, config, query, kv),
+        heads=heads,
+        norm_width=_norm_width(layer, config, query, kv),
         vocab=embedding.shape[0],
         positions=getattr(config, "max_position_embeddings", None),
     )
 
 
-def _norm_width(model: nn.Module, config: Any, query: int, kv: int) -> int:
-    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
-    names = [name for name, m in layers[0].named_modules() if "norm" in type(m).__name__.lower()]
+def _norm_width(layer: nn.Module, config: Any, query: int, kv: int) -> int:
+    names = [name for name, m in layer.named_modules() if "norm" in type(m).__name__.lower()]
     special = {"q_norm": query, "k_norm": kv}
     return sum(special.get(name.rpartition(".")[2], config.hidden_size) for name in names)

@@ -1,0 +1,168 @@
+"""Memory of one GPU when a run is spread over many: the terms of train/memory.py, divided as each way of sharding divides them.
+
+docs/scale.md has the formulas, their sources, and what they leave out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmrl.config.model import ModelFields
+from llmrl.models.shape import ModelShape
+from llmrl.train.gpus import Gpu
+from llmrl.train.memory import MemoryEstimate, Term, estimate_memory
+
+USABLE = 0.9  # of a GPU's memory; the rest is the CUDA context, NCCL's buffers and fragmentation
+MOST_GPUS = 4096
+HEAD_CHUNK_BYTES = 2**29  # of functional/logprobs.py on a GPU
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which of weights and optimizer state are spread over the processes. `unit`: of how many each part is kept once.
+
+    "one": every process has all of it; "node": once a machine; "all": once over all processes. Gradients go with the optimizer.
+    """
+
+    name: str
+    weights: str
+    optimizer: str
+    what: str
+
+    def ways(self, part: str, gpus: int, node: int) -> int:
+        """Over how many processes `part` ("weights" or "optimizer") is spread."""
+        unit = self.weights if part == "weights" else self.optimizer
+        return {"one": 1, "node": min(gpus, node), "all": gpus}[unit]
+
+    @property
+    def gathers(self) -> bool:
+        """Weights are put together layer by layer, in forward and backward."""
+        return self.weights != "one"
+
+
+SHARDINGS = (
+    Sharding("ddp", "one", "one", "everything on every GPU"),
+    Sharding("zero2", "one", "all", "16-bit weights on every GPU; gradients, master weights and moments sharded"),
+    Sharding("fsdp2-hybrid", "node", "node", "everything sharded within a machine, copied between machines"),
+    Sharding("fsdp2", "all", "all", "everything sharded over all GPUs"),
+    Sharding("zero3", "all", "all", "everything sharded over all GPUs"),
+)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What decides about memory beside the model: sizes of one process, in tokens, rows and bytes.
+
+    engine_bytes, engine_phase: of a colocated vLLM, and when it holds them ("sampling" where it sleeps while training, else "always").
+    """
+
+    microbatch_tokens: int
+    cache_tokens: int = 0
+    decode_rows: int = 0
+    reward_model_bytes: int = 0
+    engine_bytes: int = 0
+    engine_phase: str = "sampling"
+
+
+def sharded_memory(
+    config: ModelFields,
+    shape: ModelShape,
+    load: Load,
+    sharding: Sharding,
+    gpus: int,
+    *,
+    node: int = 8,
+    critic: ModelShape | None = None,
+) -> MemoryEstimate:
+    """The terms of `estimate_memory` for one of `gpus` training processes, `node` of which share a machine.
+
+    Under sharded weights two layers, and embedding and head, are whole at a time, in the type that is computed in; they take the
+    place of autocast's copies. ZeRO-2 keeps 16-bit weights whole and float32 masters of what is trained sharded.
+    """
+    base = estimate_memory(
+        config,
+        shape,
+        microbatch_tokens=load.microbatch_tokens,
+        head_chunk_bytes=max(HEAD_CHUNK_BYTES, 16 * shape.vocab * 4),
+        cache_tokens=load.cache_tokens,
+        decode_rows=load.decode_rows,
+        critic=critic,
+        reward_model_bytes=load.reward_model_bytes,
+    )
+    terms = []
+    for term in base.terms:
+        whose, _, kind = term.name.rpartition(": ")
+        its = critic if whose and critic is not None else shape
+        for part in _spread(config, its, replace(term, name=kind), sharding, gpus, node):
+            terms.append(replace(part, name=f"{whose}: {part.name}" if whose else part.name))
+    if load.engine_bytes:
+        when = "weights and key-value cache of vLLM in this process"
+        terms.append(Term("vLLM", load.engine_bytes, load.engine_phase, when))
+    return MemoryEstimate(tuple(terms))
+
+
+def _spread(
+    config: ModelFields, shape: ModelShape, term: Term, sharding: Sharding, gpus: int, node: int
+) -> Iterator[Term]:
+    """What becomes of one term of a single process."""
+    mixed = config.mixed_precision != "no"
+    weights, optimizer = (sharding.ways(part, gpus, node) for part in ("weights", "optimizer"))
+    if term.name == "weights" and sharding.name == "zero2" and mixed:
+        width = term.bytes // shape.parameters
+        yield Term("weights", 2 * shape.parameters, "always", "16-bit, whole")
+        yield _divided(Term("master weights", shape.trainable * width, "always", "of what is trained"), optimizer)
+    elif term.name == "weights":
+        yield _divided(term, weights)
+        if sharding.gathers and weights > 1:
+            yield _gathered(config, shape, term.bytes // shape.parameters)
+    elif term.name == "reference":
+        yield _divided(term, weights)
+    elif term.name in ("optimizer", "gradients"):
+        yield _divided(term, optimizer)
+    elif term.name == "autocast" and (sharding.name == "zero2" or weights > 1):
+        return
+    else:
+        yield term
+
+
+def _divided(term: Term, ways: int) -> Term:
+    if ways == 1:
+        return term
+    return replace(term, bytes=math.ceil(term.bytes / ways), why=f"{term.why}; 1/{ways} of it")
+
+
+def _gathered(config: ModelFields, shape: ModelShape, width: int) -> Term:
+    """Two layers (one is fetched while the other is used), what is outside of layers, and a layer's gradients on their way."""
+    compute = 2 if config.mixed_precision != "no" else width
+    outside = shape.parameters - shape.layers * shape.layer_parameters
+    trained = shape.trainable / shape.parameters
+    size = (2 * shape.layer_parameters + outside) * compute + int(shape.layer_parameters * trained) * width
+    return Term("gathered layers", size, "training", "two layers, embedding and head whole; a layer's gradients")
+
+
+def usable(gpu: Gpu) -> int:
+    """Bytes that a plan may fill."""
+    return int(USABLE * gpu.memory)
+
+
+def smallest(gpu: Gpu, peak_at: Any) -> int | None:
+    """The least number of GPUs at which `peak_at(gpus)` fits: 1, 2, 4, then whole machines; None where no number does."""
+    for gpus in counts(gpu):
+        if peak_at(gpus) <= usable(gpu):
+            return gpus
+    return None
+
+
+def counts(gpu: Gpu) -> Iterator[int]:
+    """Numbers of GPUs that are worth considering, rising."""
+    part = 1
+    while part < gpu.node:
+        yield part
+        part *= 2
+    machines = 1
+    while machines * gpu.node <= MOST_GPUS:
+        yield machines * gpu.node
+        machines += 1
