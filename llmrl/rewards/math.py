@@ -34,6 +34,7 @@ from llmrl.rewards.math_near import near
 from llmrl.rewards.math_parse import Node
 from llmrl.rewards.math_prose import (
     choice_in,
+    computed_number,
     ends_with_words,
     first_answer,
     last_number_and_unit,
@@ -216,7 +217,9 @@ def _unmarked_answer(completion: str, gold: str, ours: Reading) -> str | None:
         same = EMPTY if ours.words in EMPTY else (ours.words,)
         if any(ends_with_words(completion, w) for w in same):
             return ours.words
-    found = spoken_answer(completion, words=words, numeric=numeric)
+    found = (computed_number(completion) if numeric else None) or spoken_answer(
+        completion, words=words, numeric=numeric
+    )
     if found is None and ours.choice is not None:
         found = choice_in(completion)
     if found is None and numeric and not re.search(r"\d", last := last_sentence(completion)):

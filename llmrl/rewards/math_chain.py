@@ -6,10 +6,32 @@ import re
 from fractions import Fraction
 
 from llmrl.rewards.math_parse import Node
-from llmrl.rewards.math_value import NoValue, Point, evaluate, has, same_number, symbols
+from llmrl.rewards.math_value import NoValue, Point, evaluate, has, same_number, symbols, walk
 
-_LITERALS = {"num", "add", "mul", "div", "pow", "neg", "fn", "const"}
+_FORMULAS = {"num", "sym", "add", "mul", "div", "pow", "neg", "fn", "const"}
 MAX_SIDES = 12
+
+
+def is_total(node: Node) -> bool:
+    """m + n = 145, p^2 + q^2 = 9: a question's formula of several unknowns. Of an answer only: as a reference it is an equation."""
+    left = node[1][0]
+    if set(node[2]) != {"="} or symbols(node[1][-1]):
+        return False
+    plain_sum = left[0] == "add" and all(n[0] in ("add", "sym", "mul") for n in walk(left))
+    return plain_sum or (left[0] in _FORMULAS and len(symbols(left)) > 1)
+
+
+def number_chain(node: Node) -> bool:
+    """12 + 30 = 42: an equation between numbers says what its last side is, as public graders' tests have it, whatever the middle says."""
+    return set(node[2]) == {"="} and not any(symbols(side) for side in node[1])
+
+
+def identity(node: Node) -> bool:
+    """2(x+1) = 2x+2: the first side is the last, whatever x is."""
+    first, last = node[1][0], node[1][-1]
+    if set(node[2]) != {"="} or first[0] not in _FORMULAS or last[0] not in _FORMULAS:
+        return False
+    return all(same_number(evaluate(first, p), evaluate(last, p)) for p in map(Point, range(3)))
 
 
 def deduced(node: Node) -> Node:
@@ -39,7 +61,7 @@ def one_stem(names: tuple[Node, ...]) -> bool:
 
 def whole_number(node: Node) -> bool:
     """Whether the node is a formula without symbols, such as 2^{10}, whose value is a whole number."""
-    if node[0] not in _LITERALS or symbols(node) or has(node, "pct") or has(node, "deg") or has(node, "pm"):
+    if node[0] not in _FORMULAS or symbols(node) or has(node, "pct") or has(node, "deg") or has(node, "pm"):
         return False
     try:
         value = evaluate(node, Point(0))

@@ -169,7 +169,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<![\w)}])\((\d+)\)\s*_(?=\s*\{?\d)", r"\1_", text)  # (1011)_2
     text = text.replace("**", "^").replace("<=", r"\leq ").replace(">=", r"\geq ").replace("!=", r"\neq ") if not re.search(r"\d!=", text) else text.replace("**", "^")  # fmt: skip
     text = text.replace("<>", r"\neq ")
-    text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
+    text = re.sub(r"(?<=\d)(?:\s*[xX]\s*(?=10\s*\^)| [xX]\s+(?=\d))", r"\\times ", text)
     text = re.sub(r"\{\s*([a-zA-Z])\s*[:|]\s*(?=[^}|]*[<>=])", r"{ \1 \\mid ", text)
     text = re.sub(r"\\\{\s*(?=\\begin\{(?:array|aligned|matrix|gathered|cases)\})", "", text)
     text = _WORD.sub(lambda m: " " + _WORDS[m[1]] + " ", text)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from llmrl.rewards.math_chain import deduced, one_stem
+from llmrl.rewards.math_chain import deduced, identity, is_total, number_chain, one_stem
 from llmrl.rewards.math_matrix import computed
 from llmrl.rewards.math_parse import Node
 from llmrl.rewards.math_sets import RealSet, real_set, same_set
@@ -92,11 +92,11 @@ def _named(gold: Node, answer: Node) -> tuple[Node, Node]:
         gold = _value(gold)
     elif names[1] is not None and gold[0] not in ("rel", "in"):
         answer = _value(answer)
-    elif gold[0] not in ("rel", "in") and answer[0] == "rel" and _chain(answer):
+    elif gold[0] not in ("rel", "in") and answer[0] == "rel" and number_chain(answer):
         answer = answer[1][-1]
-    elif answer[0] not in ("rel", "in") and gold[0] == "rel" and _chain(gold):
+    elif answer[0] not in ("rel", "in") and gold[0] == "rel" and number_chain(gold):
         gold = gold[1][-1]
-    elif gold[0] == "num" and answer[0] == "rel" and _is_total(answer):
+    elif gold[0] in _SCALARS and answer[0] == "rel" and ((is_total(answer) and not symbols(gold)) or identity(answer)):
         answer = answer[1][-1]
     return gold, answer
 
@@ -128,17 +128,6 @@ def _bound(node: Node, other: Node) -> Node:
 def _is_call(node: Node | None) -> bool:
     """f(x), which reads as the product of two symbols."""
     return node is not None and node[0] == "mul" and node[1][0] == node[2][0] == "sym" and node[2][1] == "x"
-
-
-def _is_total(node: Node) -> bool:
-    """m + n = 145: a question's sum of unknowns. Of an answer only: as a reference it is an equation."""
-    left = node[1][0]
-    return set(node[2]) == {"="} and not symbols(node[1][-1]) and left[0] == "add" and all(n[0] in ("add", "sym", "mul") for n in walk(left))  # fmt: skip
-
-
-def _chain(node: Node) -> bool:
-    """12 + 30 = 42: an equation between numbers says what its last side is."""
-    return set(node[2]) == {"="} and not any(symbols(side) for side in node[1])
 
 
 def _name(node: Node) -> Node | None:

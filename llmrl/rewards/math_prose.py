@@ -20,9 +20,17 @@ _OPTION = re.compile(r"(?:\b(?:or|and|nor)|,)[\s*\"]*$|\b(?:after|before|than)\s
 _ADVERB = re.compile(
     r"^(?:therefore|thus|hence|then|indeed|simply|just|now|clearly|exactly|also)\b[,:]?\s*", re.IGNORECASE
 )
+_COMPUTED = re.compile(r"[\d)%]\s*=\s*(-?\$?\d+(?:,\d{3})*(?:\.\d+)?)(?=[\s.!]|$)")
+_GOES_ON = re.compile(
+    r"[=?$\\]|\s*[-+*/^×·]|\b(?:is|are|was|were|isn|equals?|so|then|thus|hence|therefore|gives?|and|or|but|not|leaving|which|while)\b",
+    re.IGNORECASE,
+)
+_LINES = re.compile(r"^\s*\\begin\{(align|aligned|gather|equation|eqnarray)\*?\}(.+?)\\end\{\1\*?\}[\s.]*$", re.DOTALL)
+_ASY = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 _JOIN = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
 _SEGMENT = re.compile(
-    r"\$\$([^$]+)\$\$|(?<!\\)\$((?:\\\$|[^$])+?)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+    r"\$\$([^$]+)\$\$|(?<!\\)\$((?:\\\$|[^$])+?)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]|(\\begin\{(align|aligned|gather|equation|eqnarray)\*?\}.+?\\end\{\6\*?\})",
+    re.DOTALL,
 )
 _TAIL = re.compile(
     r"(?:\b(?:is|are|equals?|get|gets|gives?|have|be|becomes?|obtain|obtained|yields?|find|found|answer|result|solution|value|total|thus|therefore|so|hence|conclude|choose|pick|option|simplifies to|reduces to|equal to|then|it's|that's)\b[:,]?|:|=|⇒|→)\s+",
@@ -69,7 +77,7 @@ def spoken_answer(text: str, *, words: bool = False, numeric: bool = False) -> s
 
 def _without_coda(text: str) -> str:
     """The text before a special token, and before a last "I hope it is correct."."""
-    text = _SPECIAL.split(text, maxsplit=1)[0].rstrip()
+    text = _ASY.sub("", _SPECIAL.split(text, maxsplit=1)[0]).rstrip()
     while (found := _HOPE.search(text, max(0, len(text) - 60))) is not None:
         text = text[: found.start()].rstrip()
     return text
@@ -78,6 +86,15 @@ def _without_coda(text: str) -> str:
 def last_sentence(text: str) -> str:
     """The last sentence of a text's last line."""
     return _SENTENCE_END.split(text[-600:].strip().rsplit("\n", 1)[-1])[-1]
+
+
+def computed_number(text: str) -> str | None:
+    """What the last sentence computes, with its unit: of "she has 20 - 15 = $5 for 3 days" the $5; None where it goes on to say more."""
+    sentence = last_sentence(text)
+    found = list(_COMPUTED.finditer(sentence))
+    if not found or _GOES_ON.search(sentence, found[-1].end()):
+        return None
+    return found[-1][1] + unit_at(sentence, found[-1].end())
 
 
 def last_number_and_unit(text: str) -> str | None:
@@ -121,6 +138,15 @@ def _last_formula(line: str) -> str | None:
     return None
 
 
+def _inside(segment: re.Match[str]) -> str:
+    """What a segment holds; of several aligned lines the last."""
+    inside = next(g for g in segment.groups() if g is not None)
+    if (lines := _LINES.search(inside)) is None:
+        return inside
+    last = [line for line in re.split(r"\\\\", lines[2]) if line.strip()][-1:]
+    return re.sub(r"^\s*=|[.,\s]*$", "", last[0].replace("&", "")) if last else inside
+
+
 def _first_segments(text: str, near: int) -> str | None:
     r"""The first `$...$`, where it begins within `near` characters, with those that only commas, "and" or "or" part from it."""
     out: list[str] = []
@@ -128,7 +154,7 @@ def _first_segments(text: str, near: int) -> str | None:
     for segment in _SEGMENT.finditer(text):
         if segment.start() >= near if not out else not _JOIN.fullmatch(text, end, segment.start()):
             break
-        out.append(next(g for g in segment.groups() if g is not None))
+        out.append(_inside(segment))
         end = segment.end()
     return ", ".join(out) if out else None
 
@@ -141,7 +167,7 @@ def _last_segments(text: str) -> tuple[str | None, str]:
         if out and not _JOIN.fullmatch(text, segment.end(), start):
             break
         end = end or segment.end()
-        out.insert(0, next(g for g in segment.groups() if g is not None))
+        out.insert(0, _inside(segment))
         start = segment.start()
     return (", ".join(out) if out else None), text[end:]
 

@@ -11,7 +11,7 @@ _EITHER = re.compile(r"\b(?:either|both)\s+(?=\S)", re.IGNORECASE)
 _WINDOW = 80
 # What comes before one of these says nothing of what comes after.
 _CLAUSE = re.compile(
-    r"[,;:?!\n]|\.\s|\b(?:but|so|and|then|that|because|hence|since|as|thus|therefore|is|are|was|were|gives?|which|when|where|if|only|just"
+    r"[,;:?!\n]|\.\s|\d\s*=|\b(?:but|so|and|then|that|because|hence|since|as|thus|therefore|is|are|was|were|gives?|which|when|where|if|only|just"
     r"|answer|we|it|he|she|they|you|I|there)\b"
 )
 _NOT_TRUE = re.compile(
@@ -33,6 +33,10 @@ _BEFORE = (
     (re.compile(rf"\b(?:{_MORE} than|exceeds){_OPENED}", re.IGNORECASE), r"({}, \infty)"),
     (re.compile(rf"\b{_LESS} than{_OPENED}", re.IGNORECASE), r"(-\infty, {})"),
 )  # fmt: skip
+# "He can miss at most 7" tells how many, and is no inequality.
+_ATTAINED = re.compile(
+    rf"\b(?:(?:can|could)\b[^.;]*\bat most|(?:needs?|should)\b[^.;]*\bat least){_OPENED}", re.IGNORECASE
+)
 _AFTER = (
     (re.compile(rf"(?:\$|\\\))?\s*(?:[a-z]+\s+)?(?:or (?:{_MORE}|above|over)|and (?:above|up))\b", re.IGNORECASE), r"[{}, \infty)"),
     (re.compile(rf"(?:\$|\\\))?\s*(?:[a-z]+\s+)?(?:or (?:{_LESS}|below|under)|and below)\b", re.IGNORECASE), r"(-\infty, {}]"),
@@ -80,7 +84,7 @@ def qualified(text: str, answer: str, *, first: bool = False) -> str | None:
         return _interval(between)
     before = text[max(0, start - _WINDOW) : start]
     for bound, interval in _BEFORE:
-        if bound.search(before):
+        if bound.search(before) and not _ATTAINED.search(before):
             return interval.format(answer.strip(" $."))
     for bound, interval in _AFTER:
         if bound.match(text, end):
