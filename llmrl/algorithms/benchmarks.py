@@ -1,23 +1,22 @@
-"""Benchmarks while a model trains: the same files, scorers and numbers as `llmrl eval`, sampled from the weights of now."""
+"""Benchmarks while a model trains: read, asked, judged and written down as `llmrl eval` does, sampled from the weights of now."""
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmrl.config.benchmark import BenchmarkRun, PromptTemplate
-from llmrl.data.build import prompts_from_rows
+from llmrl.config.benchmark import BenchmarkRun
+from llmrl.config.evaluation import EvalConfig
 from llmrl.data.sampler import permutation
 from llmrl.errors import ConfigError
-from llmrl.evaluation.benchmarks import Benchmark, asked, find_template, load_benchmark
-from llmrl.evaluation.judges import LocalJudges
+from llmrl.evaluation.manifest import package_version
+from llmrl.evaluation.run import Task, benchmark_task, check_lengths, manifest_of, open_scorers, read_prompts
 from llmrl.evaluation.runner import evaluate
-from llmrl.rewards.runner import RewardRunner
 from llmrl.rollout.local import LocalEngine
-from llmrl.types import Prompt, RolloutEngine, Sampling
+from llmrl.types import RolloutEngine, Sampling
 
 if TYPE_CHECKING:
     from llmrl.algorithms.base import Trainer
@@ -27,35 +26,32 @@ _STREAM = 2**34
 """Of the random numbers that choose `max_problems`."""
 
 
-@dataclass(frozen=True)
-class _Entry:
-    benchmark: Benchmark
-    template: PromptTemplate
-    prompts: list[Prompt]
-    n: int
-    sampling: Sampling
-
-
 class Benchmarks:
     """The recipe's `benchmarks`, read and tokenised when a trainer is made, so that what is wrong with them ends no long run."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.config = trainer, trainer.config
-        self._scorers: dict[str, RewardRunner] = {}
-        self.entries = [self._read(entry) for entry in getattr(self.config, "benchmarks", ())]
-        names = [entry.benchmark.name for entry in self.entries]
+        self._stack = ExitStack()
+        self.longest = 0  # tokens of the longest prompt with its completion
+        read = [self._read(entry) for entry in getattr(self.config, "benchmarks", ())]
+        self.tasks, self._settings = [task for task, _ in read], [settings for _, settings in read]
+        names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ConfigError(
                 f"benchmarks: one of {', '.join(names)} stands twice; their numbers would hide each other"
             )
+        if not self.tasks:
+            return
+        open_scorers(self.tasks, self._stack, allow_code_execution=self.config.allow_code_execution)
+        limit = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+        for task, settings in read:
+            read_prompts(settings, task, trainer.tokenizer)
+            self.longest = max(self.longest, check_lengths(settings, task, trainer.tokenizer, limit))
+            for note in task.notes:
+                logger.warning("benchmark %s: %s", task.name, note)
 
     def __bool__(self) -> bool:
-        return bool(self.entries)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt with its completion; 0 without benchmarks."""
-        return max((len(p.ids) + e.sampling.max_tokens for e in self.entries for p in e.prompts), default=0)
+        return bool(self.tasks)
 
     def evaluate(self, step: int, engine: RolloutEngine | None = None) -> dict[str, float]:
         """Every benchmark's numbers as eval_<benchmark>/accuracy, ...; the results go to `<output_dir>/evaluations/step_<step>/`.
@@ -63,37 +59,40 @@ class Benchmarks:
         `engine` samples with the weights of now; by default the model that is trained does. All processes call it, each samples its
         share of the problems.
         """
-        if not self.entries:
-            return {}
-        backend, metrics = self.trainer.backend, dict[str, float]()
-        engine = engine or self._own_engine()
+        trainer, metrics = self.trainer, dict[str, float]()
+        rank, world = trainer.backend.rank, trainer.backend.world_size
         folder = Path(self.config.output_dir) / "evaluations" / f"step_{step:08d}"
-        for entry in self.entries:
-            name, spec = entry.benchmark.name, entry.benchmark.spec
+        for task, settings in zip(self.tasks, self._settings, strict=True):
+            spec = task.spec
+            assert task.scorer is not None and task.template is not None
             result = evaluate(
-                entry.prompts[backend.rank :: backend.world_size],
-                engine,
-                self._scorer(entry.benchmark),
-                n=entry.n,
-                sampling=entry.sampling,
+                task.prompts[rank::world],
+                engine or self._own_engine(),
+                task.scorer,
+                n=spec.n,
+                sampling=Sampling(
+                    spec.max_completion_length, temperature=spec.temperature, top_p=spec.top_p, seed=settings.seed
+                ),
                 threshold=spec.threshold,
-                gather=backend.gather_json,
-                trainer_state={"global_step": step, "max_steps": self.trainer.run.total_steps},
-                name=name,
+                gather=trainer.backend.gather_json,
+                trainer_state={"global_step": step, "max_steps": trainer.run.total_steps},
+                name=task.name,
                 judged_by=spec.scorer,
                 breakdown=spec.breakdown,
-                cut=entry.template.cut,
+                also=spec.also,
+                cut=task.template.cut,
+                manifest=manifest_of(settings, task, trainer.tokenizer, self._described(step)),
+                extra=task.extra,
             )
-            if backend.is_main:
-                result.save(folder / f"{name}.json")
-            metrics |= {f"eval_{name}/{key}": value for key, value in result.metrics().items()}
+            if trainer.backend.is_main:
+                result.save(folder / f"{task.name}.json")
+            numbers = result.metrics() | {name: found["value"] for name, found in result.also.items()}
+            metrics |= {f"eval_{task.name}/{key}": value for key, value in numbers.items()}
         return metrics
 
     def close(self) -> None:
         """Ends the workers of the scorers; may be called twice."""
-        for scorer in self._scorers.values():
-            scorer.close()
-        self._scorers.clear()
+        self._stack.close()
 
     def __enter__(self) -> Benchmarks:
         return self
@@ -101,72 +100,37 @@ class Benchmarks:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, entry: BenchmarkRun) -> _Entry:
-        config, trainer = self.config, self.trainer
-        benchmark = load_benchmark(entry.name, config.benchmark_dir)
-        spec = benchmark.spec
-        if spec.mode != "generate":
+    def _read(self, entry: BenchmarkRun) -> tuple[Task, EvalConfig]:
+        """The benchmark as `llmrl eval` would read it; one seed for all runs, so that two evaluations differ by the model, not by the draw."""
+        config = self.config
+        settings = EvalConfig(
+            model_name_or_path=config.model_name_or_path,
+            benchmark=[entry.name],
+            data_dir=config.benchmark_dir,
+            chat_template_kwargs=config.chat_template_kwargs,
+            **{k: getattr(entry, k) for k in ("template", "n", "temperature", "max_completion_length")},
+        )
+        task = benchmark_task(settings, entry.name)
+        if task.spec.mode != "generate":
             raise ConfigError(
                 f"benchmarks: {entry.name} compares log-probs; `llmrl eval` does that, a training run samples"
             )
-        changed = {
-            k: getattr(entry, k) for k in ("n", "temperature", "max_completion_length") if getattr(entry, k) is not None
+        count = len(task.benchmark.problems)
+        if entry.max_problems is not None and entry.max_problems < count:
+            chosen = sorted(permutation(count, 0, _STREAM)[: entry.max_problems])
+            task.benchmark = replace(task.benchmark, problems=[task.benchmark.problems[i] for i in chosen])
+            task.rows = [task.rows[i] for i in chosen]
+        return task, settings
+
+    def _described(self, step: int) -> dict[str, Any]:
+        """The manifest's model and engine. Hashing the weights at every evaluation would cost more than it tells: the step names them."""
+        config, backend = self.config, self.trainer.backend
+        kind = config.rollout.engine if hasattr(config, "rollout") else "local"
+        dtype = f"{config.dtype}, {config.mixed_precision}, {backend.world_size} processes"
+        return {
+            "model": {"name": f"{config.output_dir}, step {step}", "weights_sha256": None},
+            "engine": {"kind": kind, "version": package_version("llmrl"), "dtype": dtype},
         }
-        if changed.get("n", 1) > 1 and "temperature" not in changed and spec.temperature == 0:
-            changed["temperature"] = 1.0
-        spec = spec.model_copy(update=changed)
-        if spec.n > 1 and spec.temperature == 0:
-            raise ConfigError(
-                f"benchmarks: temperature 0 gives n={spec.n} equal completions of a problem of {entry.name}; use n: 1"
-            )
-        if entry.max_problems is not None and entry.max_problems < len(benchmark.problems):
-            chosen = sorted(permutation(len(benchmark.problems), 0, _STREAM)[: entry.max_problems])
-            benchmark = replace(benchmark, problems=[benchmark.problems[i] for i in chosen])
-        benchmark = replace(benchmark, spec=spec)
-        prompts, _ = prompts_from_rows(
-            asked(benchmark, entry.template),
-            trainer.tokenizer,
-            chat_template_kwargs=config.chat_template_kwargs,
-            max_prompt_length=self._room(spec.max_completion_length, entry.name),
-            on_overlong="truncate",  # a problem that is left out would make another benchmark
-        )
-        bad = self._scorer(benchmark).check_golds(prompts)
-        if bad:
-            listed = "; ".join(f"{b.prompt_id} ({b.reason})" for b in bad[:5])
-            logger.warning(
-                "%s: %d reference answers can't be used, so their problems count as wrong: %s",
-                entry.name,
-                len(bad),
-                listed,
-            )
-        # One seed for all runs and steps: what differs between two evaluations is the model, not the draw.
-        sampling = Sampling(spec.max_completion_length, temperature=spec.temperature, top_p=spec.top_p, seed=0)
-        return _Entry(benchmark, find_template(benchmark, entry.template), prompts, spec.n, sampling)
-
-    def _room(self, completion: int, name: str) -> int | None:
-        positions = getattr(self.trainer.model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is None:
-            return None
-        if positions <= completion:
-            raise ConfigError(
-                f"benchmarks: {name} samples up to {completion} tokens, and the model has {positions} positions; set "
-                "max_completion_length of the benchmark"
-            )
-        return int(positions) - completion
-
-    def _scorer(self, benchmark: Benchmark) -> RewardRunner:
-        """Benchmarks with the same scorer share its workers."""
-        spec = benchmark.spec.scorer
-        key = json.dumps(spec.model_dump(mode="json"))
-        if key not in self._scorers:
-            self._scorers[key] = RewardRunner(
-                [spec],
-                on_error="skip",
-                workers=2,
-                allow_code_execution=self.config.allow_code_execution,
-                make_judge=LocalJudges(),
-            )
-        return self._scorers[key]
 
     def _own_engine(self) -> RolloutEngine:
         trainer = self.trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,22 +80,22 @@ def run_evaluation(
         return [_judge(config, config.predictions, progress)]
     tasks = _tasks(config)
     with ExitStack() as stack:
-        _open_scorers(config, tasks, stack)
+        open_scorers(tasks, stack, allow_code_execution=config.allow_code_execution)
         source = Source(config)
         tokenizer = source.tokenizer()
         for task in tasks:
-            _read_prompts(config, task, tokenizer)
+            read_prompts(config, task, tokenizer)
             for note in task.notes:
                 say(f"{task.name}: {note}")
         engine = open_engine(config, source, tokenizer)
         stack.callback(engine.close)
-        longest = max(_check_lengths(config, task, tokenizer, engine.limit) for task in tasks)
+        longest = max(check_lengths(config, task, tokenizer, engine.limit) for task in tasks)
         began = time.monotonic()
         described = engine.describe()
         if (seconds := time.monotonic() - began) > _SLOW:
             say(f"the weights were hashed in {seconds:.0f} s")
         for task in tasks:
-            task.manifest = _manifest(config, task, tokenizer, described)
+            task.manifest = manifest_of(config, task, tokenizer, described)
             task.done = _finished(config, task, say)
             if task.done is None and task.spec.mode == "generate":
                 with _journal(
@@ -130,7 +130,7 @@ def _tasks(config: EvalConfig) -> list[Task]:
     """What is to be done, read from files; nothing of the model yet."""
     for name in config.benchmark:
         find_spec(name)  # all names, before any data are read
-    tasks = [_benchmark_task(config, name) for name in config.benchmark] or [_file_task(config)]
+    tasks = [benchmark_task(config, name) for name in config.benchmark] or [_file_task(config)]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise ConfigError(f"benchmark: two are called alike ({', '.join(names)}); evaluate one at a time")
@@ -144,7 +144,8 @@ def _tasks(config: EvalConfig) -> list[Task]:
     return tasks
 
 
-def _benchmark_task(config: EvalConfig, name: str) -> Task:
+def benchmark_task(config: EvalConfig, name: str) -> Task:
+    """The benchmark's problems as prompts' rows, by the template and with the settings of `config`."""
     read = load_benchmark(name, config.data_dir, config.data)
     benchmark = replace(read, spec=resolved(read.spec, config))
     template = find_template(benchmark, config.template)
@@ -187,7 +188,7 @@ def _output(config: EvalConfig, name: str, count: int) -> Path | None:
     return file
 
 
-def _open_scorers(config: EvalConfig, tasks: list[Task], stack: ExitStack) -> None:
+def open_scorers(tasks: Sequence[Task], stack: ExitStack, *, allow_code_execution: bool) -> None:
     """Tasks with the same scorer share its workers. Raises ConfigError for one that runs code where that was not allowed."""
     opened: dict[str, RewardRunner] = {}
 
@@ -197,20 +198,19 @@ def _open_scorers(config: EvalConfig, tasks: list[Task], stack: ExitStack) -> No
         specs = scorers(task.spec)
         key = json.dumps([spec.model_dump(mode="json") for spec in specs])
         if key not in opened:
-            allowed = config.allow_code_execution
             runner = RewardRunner(
                 specs,
                 on_error="skip",
                 workers=2,
                 device=local_device(),
-                allow_code_execution=allowed,
+                allow_code_execution=allow_code_execution,
                 make_judge=LocalJudges(),
             )
             opened[key] = stack.enter_context(runner)
         task.scorer = opened[key]
 
 
-def _read_prompts(config: EvalConfig, task: Task, tokenizer: Any) -> None:
+def read_prompts(config: EvalConfig, task: Task, tokenizer: Any) -> None:
     if task.template is not None and task.template.text is None and not getattr(tokenizer, "chat_template", None):
         plain = [name for name, template in task.spec.prompts.items() if template.text is not None]
         hint = (
@@ -243,7 +243,7 @@ def _read_prompts(config: EvalConfig, task: Task, tokenizer: Any) -> None:
         )
 
 
-def _check_lengths(config: EvalConfig, task: Task, tokenizer: Any, limit: int | None) -> int:
+def check_lengths(config: EvalConfig, task: Task, tokenizer: Any, limit: int | None) -> int:
     """Tokens of the longest prompt with its completion. Raises ConfigError where the model takes fewer."""
     if task.spec.mode == "choices":
         longest = max(problem.longest for problem in read_choices(task.prompts, tokenizer))
@@ -268,7 +268,7 @@ def _check_lengths(config: EvalConfig, task: Task, tokenizer: Any, limit: int | 
     return most + room
 
 
-def _manifest(config: EvalConfig, task: Task, tokenizer: Any, described: Mapping[str, Any]) -> dict[str, Any]:
+def manifest_of(config: EvalConfig, task: Task, tokenizer: Any, described: Mapping[str, Any]) -> dict[str, Any]:
     spec = task.spec
     sampling: dict[str, Any] = {"mode": spec.mode}
     if spec.mode == "generate":

@@ -96,10 +96,10 @@ def test_a_part_of_a_benchmark_is_the_same_part_every_time(tiny_model_dir, spec,
         recipe = settings(tiny_model_dir, tmp_path / out, spec)
         recipe["benchmarks"] = [{"name": str(spec), "max_problems": 2, "n": 3}]
         trainer = SFTTrainer(SFTConfig(**recipe, seed=len(out)), train_dataset=ROWS)
-        (entry,) = trainer.benchmarks.entries
-        assert entry.n == 3 and entry.sampling.temperature == 1.0  # greedy ones would all be the same
+        (task,) = trainer.benchmarks.tasks
+        assert task.spec.n == 3 and task.spec.temperature == 1.0  # greedy ones would all be the same
         trainer.benchmarks.close()
-        return [p.id for p in entry.prompts]
+        return [p.id for p in task.prompts]
 
     assert len(ids("a")) == 2 and ids("a2") == ids("b")
 
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_said_before_the_first_step(tiny_model_dir, spec, tmp_p
         make(benchmarks="math50")
     with pytest.raises(ConfigError, match="stands twice"):
         make(benchmarks=[str(spec), {"name": str(spec), "n": 1}])
-    with pytest.raises(ConfigError, match="samples up to 600 tokens, and the model has 512"):
+    with pytest.raises(ConfigError, match="max_completion_length 600 .* takes 512"):
         make(benchmarks=[{"name": str(spec), "max_completion_length": 600}])
     with pytest.raises(ConfigError, match="n=2 equal completions"):
         make(benchmarks=[{"name": str(spec), "n": 2, "temperature": 0.0}])
