@@ -102,7 +102,7 @@ _NO_MEANING = {
             "(tokens_per_microbatch)", "auto_find_batch_size torch_empty_cache_steps"),
     **_each("leave it out: the optimizer is AdamW (adam_beta1, adam_beta2, adam_epsilon, weight_decay)",
             "optim optim_args optim_target_modules use_galore use_badam"),
-    **_each("leave it out: uploading to the hub is not part of training; the final model is in output_dir, in Hugging Face's format",
+    **_each("leave it out: uploading to the hub is not part of training: `llmrl export RUN DIRECTORY --push-to-hub REPO` does it afterwards",
             "push_to_hub hub_always_push hub_model_id hub_model_revision hub_private_repo hub_revision hub_strategy hub_token "
             "push_to_hub_revision trackio_bucket_id trackio_space_id trackio_static_space_id"),
     **_each("leave it out: `save_steps`, `save_total_limit` and `resume` say everything about checkpoints; a checkpoint is complete",

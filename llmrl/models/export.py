@@ -52,8 +52,8 @@ def write_export(
     source = Source(fields, task=None, key="source")
     if source.adapter is None and source.has_score:
         source = Source(fields, task="SEQ_CLS", key="source")
-    if merge and source.adapter is None:
-        raise ConfigError(f"{name} has no adapter_config.json: there is nothing to merge. Leave `--merge` out")
+    if merge:
+        _require_mergeable(source)
     wanted = None if dtype is None else DTYPES[dtype]
     if source.adapter is not None and not merge:
         return _write_adapter(source, directory, wanted)
@@ -97,12 +97,20 @@ def _whole(source: Source) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _merged(adapted: Any, adapter: str) -> Any:
-    if not hasattr(adapted.base_model, "merge_and_unload"):
-        kind = adapted.peft_config[adapted.active_adapters[0]].peft_type
+def _require_mergeable(source: Source) -> None:
+    from peft import PeftConfig
+
+    if source.adapter is None:
+        raise ConfigError(f"{source.base} has no adapter_config.json: there is nothing to merge. Leave `--merge` out")
+    config = PeftConfig.from_pretrained(source.adapter, revision=source.fields.model_revision)
+    if config.is_prompt_learning:
         raise ConfigError(
-            f"{adapter} is a {getattr(kind, 'value', kind)} adapter, which is no part of any weight: export it without `--merge`"
+            f"{source.adapter} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter, which is no part of any weight: "
+            "it can't be merged"
         )
+
+
+def _merged(adapted: Any, adapter: str) -> Any:
     _untie(adapted.get_base_model())
     try:
         return adapted.merge_and_unload(safe_merge=True)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from llmrl.cli.main import main
 
@@ -43,6 +44,8 @@ def test_init_model(work, capsys):
 def test_sft_with_an_adapter_then_merge(work, capsys):
     assert main(["sft", "--config", str(work / "sft.yaml")]) == 0
     assert (work / "sft" / "config.yaml").exists()
+    card = ModelCard.load(work / "sft" / "model" / "README.md")
+    assert card.data.tags == ["llmrl", "sft", "lora"] and "step 2 of 2" in card.text
     assert main(["merge", str(work / "sft" / "model"), str(work / "merged")]) == 0
     from transformers import AutoModelForCausalLM
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmrl.errors import SyncError
+from llmrl.models.export import write_export
 from llmrl.models.weights import ModelWeights
 from llmrl.rollout.vllm_client import VLLMServer
 from llmrl.rollout.weight_files import WeightFiles
@@ -154,3 +155,25 @@ def test_a_request_in_flight_keeps_its_adapter(server, model, files):
     assert answers[0]["model"] == "run:1" and (got - expected).abs().max() < 1e-4
     for name, _ in transfer._versions:
         server.unload_adapter(name)
+
+
+def test_exports_are_loaded_unchanged(server, model, vllm_model, tmp_path):
+    torch.manual_seed(0)
+    lora = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR)).eval()
+    train(lora, seed=4)
+    lora.save_pretrained(tmp_path / "saved", save_embedding_layers=False)
+    write_export(str(tmp_path / "saved"), tmp_path / "adapter")
+    write_export(str(tmp_path / "saved"), tmp_path / "merged", merge=True, max_shard_size="50KB")
+
+    def load(directory):
+        server.start_update()
+        server.update({"files": sorted(map(str, directory.glob("*.safetensors")))})
+        server.finish_update("run:exported")
+
+    load(vllm_model)  # other tests left other weights
+    server.load_adapter("exported", str(tmp_path / "adapter"))
+    assert gap(server, lora)[0] > 1e-2 and gap(server, lora, "exported")[0] < 1e-5
+    server.unload_adapter("exported")
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    load(tmp_path / "merged")
+    assert gap(server, lora)[0] < 1e-5
