@@ -20,12 +20,14 @@ _OPTION = re.compile(r"(?:\b(?:or|and|nor)|,)[\s*\"]*$|\b(?:after|before|than)\s
 _ADVERB = re.compile(
     r"^(?:therefore|thus|hence|then|indeed|simply|just|now|clearly|exactly|also)\b[,:]?\s*", re.IGNORECASE
 )
-_COMPUTED = re.compile(r"[\d)%]\s*=\s*(-?\$?\d+(?:,\d{3})*(?:\.\d+)?)(?=[\s.!]|$)")
+_COMPUTED = re.compile(r"[\d)%]\s*=\s*(-?\$?\d+(?:[, ]\d{3}(?!\d))*(?:\.\d+)?)(?=[\s.!]|$)")
 _GOES_ON = re.compile(
     r"[=?$\\]|\s*[-+*/^×·]|\b(?:is|are|was|were|isn|equals?|so|then|thus|hence|therefore|gives?|and|or|but|not|leaving|which|while)\b",
     re.IGNORECASE,
 )
 _LINES = re.compile(r"^\s*\\begin\{(align|aligned|gather|equation|eqnarray)\*?\}(.+?)\\end\{\1\*?\}[\s.]*$", re.DOTALL)
+_IN_TIME = re.compile(r"\b(?:in|for|after|within|during|every|over)\s+(?:the\s+|just\s+|only\s+)?$")
+_TIME_UNIT = re.compile(r"\s*(?:more\s+)?(?:second|minute|hour|day|week|month|year)s?\b")
 _ASY = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 _JOIN = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
 _SEGMENT = re.compile(
@@ -100,7 +102,23 @@ def computed_number(text: str) -> str | None:
 def last_number_and_unit(text: str) -> str | None:
     """The last plain number in the text, with a known unit where one follows it."""
     number = last_number(text)
-    return None if number is None else number + unit_at(text, text.rfind(number) + len(number))
+    if number is None:
+        return None
+    start = text.rfind(number)
+    if _IN_TIME.search(text, max(0, start - 40), start) and _TIME_UNIT.match(text, start + len(number)):
+        # "407 papers in 11 hours": the number before, if the sentence has one
+        earlier = last_number(text[_sentence_start(text, start) : start])
+        if earlier is not None:
+            number, start = earlier, text.rfind(earlier, 0, start)
+    return number + unit_at(text, start + len(number))
+
+
+def _sentence_start(text: str, before: int) -> int:
+    """Where the sentence begins that the character before `before` is in."""
+    return max(
+        (m.end() for m in _SENTENCE_END.finditer(text, max(0, before - 400), before)),
+        default=text.rfind("\n", 0, before) + 1,
+    )
 
 
 def choice_in(text: str) -> str | None:
