@@ -128,12 +128,16 @@ def make_job(config: Any, gpu: Gpu, args: argparse.Namespace) -> Job:
     from llmrl.train.scale import Load
     from llmrl.train.step_time import Assumed
 
-    shape = named_shape(config)
+    shape = named_shape(config, "SEQ_CLS" if isinstance(config, RewardConfig) else "CAUSAL_LM")
     critic = None
     if isinstance(config, PPOConfig) and config.critic == "separate":
         name = config.critic_model_name_or_path or config.model_name_or_path
-        critic = named_shape(config.model_copy(update={"model_name_or_path": name}))
-    judges = [named_shape(ModelFields(model_name_or_path=m)).parameters for m in _reward_models(config)]
+        fields = config.model_copy(update={"model_name_or_path": name})
+        critic = named_shape(fields, "SEQ_CLS", "critic_model_name_or_path")
+    judges = [
+        named_shape(ModelFields(model_name_or_path=m), "SEQ_CLS", "a reward's model").parameters
+        for m in _reward_models(config)
+    ]
     prompt, completion, limit = _lengths(config, args)
     trainers, engine = _place(config, shape, gpu, args, prompt + limit)
     longest = _solve(config, prompt, limit, trainers)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from llmrl.config.model import ModelFields
 from llmrl.errors import ConfigError
 from llmrl.models.shape import ModelShape, shape_of
-from llmrl.models.source import Source, new_adapter
+from llmrl.models.source import Source, Task, new_adapter
 
 
 @dataclass(frozen=True)
@@ -95,25 +95,30 @@ _OF_HUB = {name.lower(): known for known in KNOWN.values() for name in known.hub
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def named_shape(fields: ModelFields) -> ModelShape:
+def named_shape(fields: ModelFields, task: Task = "CAUSAL_LM", key: str = "model_name_or_path") -> ModelShape:
     """The shape of a model by short name (`KNOWN`), hub id or directory, with the adapter that `fields.lora` asks for.
 
-    Names and ids in the table need no network. Raises ConfigError for a name that is nowhere, and for mixtures of experts.
+    Names and ids in the table need no network. task "SEQ_CLS": with a score instead of a head; `key` is what errors call the model.
+    Raises ConfigError for a name that is nowhere, and for mixtures of experts.
     """
     name = fields.model_name_or_path
     known = KNOWN.get(name.lower()) or _OF_HUB.get(name.lower())
     if known is None and "/" not in name and not Path(name).is_dir():
         near = difflib.get_close_matches(name.lower(), KNOWN, n=3) or KNOWN
-        raise ConfigError(f"no model {name!r}: give a directory, a hub id (org/name), or one of {', '.join(near)}")
-    source = None if known else Source(fields)
-    config = known.config() if known else source.config  # type: ignore[union-attr]
-    if any((getattr(config.get_text_config(), key, None) or 0) > 1 for key in _EXPERTS):
         raise ConfigError(
-            f"{name} is a mixture of experts: a token uses a part of its weights, which experts a batch wakes up decides how many are "
-            "read, and the formulas of this plan count every weight for every token. Plan for a dense model"
+            f"{key}: no model {name!r}; give a directory, a hub id (org/name), or one of {', '.join(near)}"
+        )
+    source = None if known else Source(fields, task, key)
+    config = known.config() if known else source.config  # type: ignore[union-attr]
+    if any((getattr(config.get_text_config(), expert, None) or 0) > 1 for expert in _EXPERTS):
+        raise ConfigError(
+            f"{key}: {name} is a mixture of experts: a token uses a part of its weights, which experts a batch wakes up decides how many "
+            "are read, and the formulas of this plan count every weight for every token. Plan for a dense model"
         )
     with torch.device("meta"):
         if source is not None:
             return shape_of(source.adapted(source.skeleton(), weights=False))
-        model: Any = AutoModelForCausalLM.from_config(config)
-        return shape_of(model if fields.lora is None else new_adapter(model, fields.lora, seed=0))
+        config.num_labels = 1
+        auto: Any = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+        model = auto.from_config(config)
+        return shape_of(model if fields.lora is None else new_adapter(model, fields.lora, 0, task))

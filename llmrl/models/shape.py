@@ -13,12 +13,14 @@ class ModelShape:
     """Counts of parameters (`embedding`: those of the input table; `trainable`: with LoRA the adapters') and widths.
 
     `query_width` and `kv_width` are heads x head size, `norm_width` is that of all norms of one layer together; `heads` are those of
-    the queries, `layer_parameters` all of one layer (with adapters). `positions` is the longest sequence, None where there is no bound.
+    the queries, `layer_parameters` all of one layer (with adapters), `head` those of the output matrix, 0 for a scorer. `positions` is the
+    longest sequence, None where there is no bound.
     """
 
     parameters: int
     trainable: int
     embedding: int
+    head: int
     layers: int
     layer_parameters: int
     hidden: int
@@ -32,7 +34,7 @@ class ModelShape:
 
 
 def shape_of(model: nn.Module) -> ModelShape:
-    """The shape of a Hugging Face causal LM, on any device (also "meta"), with or without adapters."""
+    """The shape of a Hugging Face causal LM or sequence classifier, on any device (also "meta"), with or without adapters."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -40,10 +42,12 @@ def shape_of(model: nn.Module) -> ModelShape:
     seen = {id(p): p for p in model.parameters()}.values()  # tied weights once
     layer = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)[0]
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
     return ModelShape(
         parameters=sum(p.numel() for p in seen),
         trainable=sum(p.numel() for p in seen if p.requires_grad),
         embedding=embedding.numel(),
+        head=0 if head is None else head.weight.numel(),
         layers=config.num_hidden_layers,
         layer_parameters=sum(p.numel() for p in layer.parameters()),
         hidden=config.hidden_size,

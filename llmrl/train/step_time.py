@@ -81,7 +81,7 @@ class Part:
 
 def matmul_parameters(shape: ModelShape) -> int:
     """Parameters that a token is multiplied with: layers and head, not the lookup of the embedding."""
-    return shape.layers * shape.layer_parameters + shape.vocab * shape.hidden
+    return shape.layers * shape.layer_parameters + shape.head
 
 
 def forward_flops(shape: ModelShape, tokens: float, length: float) -> tuple[float, float]:

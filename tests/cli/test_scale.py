@@ -93,11 +93,12 @@ def test_the_kind_is_found_or_asked_for(plan):
 
 
 def test_a_critic_is_a_second_model(plan):
-    keys = {"rewards": "math_answer", "preset": "ppo", "lora": {"r": 8}}
-    _, alone = plan("--kind", "ppo", **keys)
-    _, text = plan("--kind", "ppo", **keys, critic="separate")
+    keys = {"preset": "ppo", "lora": {"r": 8}}
+    _, alone = plan("--kind", "ppo", **keys, rewards="math_answer")
+    _, text = plan("--kind", "ppo", **keys, critic="separate", rewards={"model": "qwen2.5-1.5b"})
     assert _row(text, "critic: weights")[2] == _row(text, "weights")[1]
-    assert "critic" not in alone
+    assert _row(text, "reward models")[2] == "2.9"  # GiB: 1,543,714,304 tied parameters and a score, 2 bytes each
+    assert "critic" not in alone and "reward models" not in alone
 
 
 def test_an_engine_without_room_is_refused(plan):

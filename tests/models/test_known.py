@@ -33,6 +33,12 @@ def test_an_adapter_trains_little():
     assert _shape("llama-1b", lora={"r": 4}).trainable == 4 * each * 16
 
 
+def test_a_scorer_has_a_score_instead_of_a_head():
+    scorer = named_shape(ModelFields(model_name_or_path="llama-8b"), "SEQ_CLS")
+    assert scorer.parameters == 8_030_261_248 - 128_256 * 4096 + 4096
+    assert (scorer.head, _shape("llama-8b").head) == (0, 128_256 * 4096)
+
+
 def test_a_directory_is_read(tiny_model_dir):
     assert _shape(str(tiny_model_dir)).layers > 0
 
