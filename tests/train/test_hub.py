@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+
 import huggingface_hub
 import pytest
 import torch
@@ -50,6 +53,18 @@ def test_what_arrives_is_what_was_written(hub, tiny_model_dir, tmp_path, capsys)
         (tmp_path / "again" / name).write_bytes(content)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").dtype == torch.bfloat16
     assert len(hub.commits) == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hf_xet") is None, reason="hf_xet is not installed")
+def test_large_files_go_by_xet_where_it_is_installed(hub, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
+    assert push(tiny_model_dir, tmp_path / "out") == 0
+    written, sent = here(tmp_path / "out"), hub.files["me/tuned"]
+    assert sent.keys() == written.keys() and not hub.objects and sum(map(len, hub.pieces)) > 100_000
+    for name, content in written.items():
+        summed = f"sha256:{hashlib.sha256(content).hexdigest()}".encode()
+        assert sent[name] == (summed if name in ("model.safetensors", "tokenizer.json") else content), name
 
 
 def test_what_can_not_be_sent_is_refused_before_anything_is_written(hub, tiny_model_dir, tmp_path, monkeypatch, capsys):
