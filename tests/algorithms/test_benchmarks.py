@@ -112,7 +112,7 @@ def test_what_is_wrong_is_said_before_the_first_step(tiny_model_dir, spec, tmp_p
         make(benchmarks="math50")
     with pytest.raises(ConfigError, match="stands twice"):
         make(benchmarks=[str(spec), {"name": str(spec), "n": 1}])
-    with pytest.raises(ConfigError, match="max_completion_length 600 .* takes 512"):
+    with pytest.raises(ConfigError, match=r"max_completion_length 600 .* takes 512"):
         make(benchmarks=[{"name": str(spec), "max_completion_length": 600}])
     with pytest.raises(ConfigError, match="n=2 equal completions"):
         make(benchmarks=[{"name": str(spec), "n": 2, "temperature": 0.0}])
