@@ -43,7 +43,16 @@ from llmrl.rewards.math_prose import (
     spoken_answer,
 )
 from llmrl.rewards.math_read import Reading, reading
-from llmrl.rewards.math_said import between, denied, plain, qualified, rejected, without_questions, yes_or_no
+from llmrl.rewards.math_said import (
+    between,
+    denied,
+    plain,
+    qualified,
+    rejected,
+    without_questions,
+    without_reason,
+    yes_or_no,
+)
 from llmrl.rewards.math_words import spoken_number
 
 # An answer may be this much longer than its reference; longer ones are no final answers, and slow to parse.
@@ -168,7 +177,7 @@ def _answer(completion: str, gold: str) -> str | None:
         return _marked_answer(marked, ours, numeric=_is_number(gold))
     if r"\boxed" in completion or r"\fbox" in completion:
         return None  # cut off inside its box
-    return _unmarked_answer(without_questions(completion), gold, ours)
+    return _unmarked_answer(without_reason(without_questions(completion)), gold, ours)
 
 
 def _boxed_answer(completion: str, marked: str, *, words: bool) -> str | None:
@@ -198,7 +207,11 @@ def _box_rejected(completion: str) -> bool:
 def _marked_answer(marked: str, ours: Reading, *, numeric: bool) -> str | None:
     r"""The answer in what follows "Answer:", or is inside `<answer>`."""
     words = ours.words is not None
-    if number_of(marked) is not None or reading(marked).formula or (words and reading(marked).words == ours.words):
+    if (
+        number_with_unit(marked) is not None
+        or reading(marked).formula
+        or (words and reading(marked).words == ours.words)
+    ):
         return marked
     found, sentence = marked_sentence(marked, words=words)
     if found is None and numeric and re.search("[A-Za-z]", sentence):
@@ -278,6 +291,8 @@ def equivalent(gold: str, answer: str) -> bool | None:
     scaled = number_with_unit(gold), number_with_unit(answer)
     if scaled[0] is not None and scaled[1] is not None:
         return scaled[0] == scaled[1]
+    if scaled[1] is not None and ours.whole and ours.unit is None:  # 1024 subsets for 2^{10}
+        return any(equal(tree, ("num", scaled[1], None)) is True for tree in ours.whole)
     if (texts := _with_names(gold, answer)) is not None and _read_equal(*map(reading, texts)) is True:
         return True
     if _ENDLESS.search(gold) or _ENDLESS.search(answer) or (ours.read and _is_prose(answer)):
@@ -335,7 +350,7 @@ def _read_equal(gold: Reading, answer: Reading) -> bool | None:
     if gold.words is not None or answer.words is not None:
         if gold.words is not None and answer.words is not None and not (gold.whole and answer.whole):
             return gold.words == answer.words
-        if not (gold.whole and answer.whole):
+        if not (gold.formula and answer.formula):
             return False if gold.read and answer.read else None
     if not ((gold.whole or gold.bare) and (answer.whole or answer.bare)):
         return None

@@ -58,7 +58,15 @@ _CALLS = {
     "arctg": r"\arctan ",
     "arcctg": r"\arccot ",
 }
-_CONNECTORS = {"or": r" \lor ", "and": r" \land ", "or,": r" \lor ", ",or": r" \lor ", "if": " ", "union": r" \cup "}
+_CONNECTORS = {
+    "or": r" \lor ",
+    "and": r" \land ",
+    "or,": r" \lor ",
+    ",or": r" \lor ",
+    "if": " ",
+    "union": r" \cup ",
+    "to": " : ",
+}
 _WORDS = {
     "infinity": r"\infty", "Infinity": r"\infty", "inf": r"\infty", "oo": r"\infty", "union": r"\cup", "intersect": r"\cap", "or": r"\lor", "and": r"\land", "in": r"\in",
     "times": r"\times", "reals": r"\mathbb{R}",
@@ -66,7 +74,7 @@ _WORDS = {
 _WORD = re.compile(
     r"(?<![A-Za-z\\])(" + "|".join(sorted(_WORDS, key=len, reverse=True)) + r")(?![A-Za-z]|(?<![ro][rn]|nd)\()"
 )
-EMPTY = {"no solution", "no solutions", "empty set", "the empty set", "no real solution", "no real solutions", "none", "empty", "nosolution", "there is no solution", "there are no solutions", "has no solution"}  # fmt: skip
+EMPTY = {"no solution", "no solutions", "empty set", "the empty set", "no real solution", "no real solutions", "none", "empty", "nosolution", "there is no solution", "there are no solutions", "has no solution", "no solution exists", "no solutions exist", "no real solution exists", "no real solutions exist"}  # fmt: skip
 
 _UNITS = {
     "mm": ("length", "1/1000"), "millimeter": ("length", "1/1000"), "cm": ("length", "1/100"), "centimeter": ("length", "1/100"),
@@ -79,7 +87,7 @@ _UNITS = {
     "hour": ("time", "3600"), "day": ("time", "86400"), "week": ("time", "604800"), "month": ("month", "1"), "year": ("month", "12"),
     "ml": ("volume", "1/1000"), "l": ("volume", "1"), "liter": ("volume", "1"), "litre": ("volume", "1"), "gallon": ("gallon", "1"),
     "degree": ("angle", "1"), "deg": ("angle", "1"), "°c": ("temperature", "1"), "dollar": ("money", "1"), "usd": ("money", "1"), "cent": ("money", "1/100"), "euro": ("euro", "1"),
-    "mph": ("mph", "1"), "kph": ("kph", "1"), "n": ("newton", "1"), "newton": ("newton", "1"), "j": ("energy", "1"), "joule": ("energy", "1"), "kj": ("energy", "1000"),
+    "n": ("newton", "1"), "newton": ("newton", "1"), "j": ("energy", "1"), "joule": ("energy", "1"), "kj": ("energy", "1000"),
     "w": ("power", "1"), "watt": ("power", "1"), "kw": ("power", "1000"), "v": ("volt", "1"), "volt": ("volt", "1"), "hz": ("hertz", "1"), "pa": ("pressure", "1"), "mol": ("mole", "1"),
     "unit": ("", "1"), "people": ("", "1"), "way": ("", "1"),
 }  # fmt: skip
@@ -96,6 +104,7 @@ _UNIT_TAIL = re.compile(
     rf"(?<=[\d)}}\]a-zA-Z%. ~])[\s~]*(?:\\[,; ]\s*)*({_UNIT_PART}(?:[\s~]*(?:/|\\cdot|\\,|\\ |per)?[\s~]*(?:{_UNIT_PART}|[smh](?![A-Za-z]){_POWER}))*)[\s.]*$"
 )
 _UNIT_HERE = re.compile(rf"[\s~]*{_UNIT_PART}")
+_SCALE_HERE = re.compile(r"\s+(?:dozen|hundred|thousand|million|billion|trillion)\b")
 _NO_UNIT = re.compile(r"(?:^|[^A-Za-z])(?:or|and|of|if|where|million|billion|thousand|hundred|trillion|dozen|pi|mod|for|not|no|less|more|cis|percent)(?:$|[^A-Za-z])", re.IGNORECASE)  # fmt: skip
 
 
@@ -121,13 +130,16 @@ def split_unit(text: str) -> tuple[str, tuple[str, Fraction] | None]:
 
 
 def unit_at(text: str, start: int) -> str:
-    """The known unit that follows a number in a sentence: of "15 m long" " m"; "" where there is none."""
+    """The known unit or scale that follows a number in a sentence: of "15 m long" " m", of "12 dozen" " dozen"; "" where there is none."""
+    if (scale := _SCALE_HERE.match(text, start)) is not None:
+        return scale[0]
     found = _UNIT_HERE.match(text, start)
     return found[0] if found and found[0].strip() != "in" and _unit_value(found[0]) is not None else ""
 
 
 def _unit_value(unit: str) -> tuple[str, Fraction] | None:
     plain = re.sub(r"\\(?:text(?:rm|bf|it)?|mathrm|mbox|operatorname|rm)|[{}~\\$]|\\[,; ]", " ", unit).lower()
+    plain = re.sub(r"\bmph\b", "mile / hour", re.sub(r"\bkph\b", "km / hour", plain))
     plain = re.sub(r"\bper\b", "/", plain).replace("cdot", " ")
     plain = re.sub(r"\b(?:square|sq\.?) +([a-z]+)", r"\1^2", plain)
     plain = re.sub(r"\b(?:cubic|cu\.?) +([a-z]+)", r"\1^3", plain)

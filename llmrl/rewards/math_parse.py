@@ -134,8 +134,8 @@ class _Parser:
         if not signs:
             return sides[0]
         if "in" in signs:
-            if len(signs) != 1:
-                raise NotRead("a chain with \\in")
+            if len(signs) != 1 or sides[1][0] == "num":
+                raise NotRead('a chain with \\in, or "12 in 4"')
             return ("in", sides[0], sides[1])
         return ("rel", tuple(sides), tuple(signs))
 

@@ -35,11 +35,11 @@ _SEGMENT = re.compile(
     re.DOTALL,
 )
 _TAIL = re.compile(
-    r"(?:\b(?:is|are|equals?|get|gets|gives?|have|be|becomes?|obtain|obtained|yields?|find|found|answer|result|solution|value|total|thus|therefore|so|hence|conclude|choose|pick|option|simplifies to|reduces to|equal to|then|it's|that's)\b[:,]?|:|=|⇒|→)\s+",
+    r"(?:\b(?:is|are|equals?|get|gets|gives?|makes?|comes to|totals|amounts to|have|be|becomes?|obtain|obtained|yields?|find|found|answer|result|solution|value|total|thus|therefore|so|hence|conclude|choose|pick|option|simplifies to|reduces to|equal to|then|it's|that's)\b[:,]?|:|=|⇒|→)\s+",
     re.IGNORECASE,
 )
 _CUT = re.compile(
-    r"\.\s|[,;]\s(?=(?:and )?(?!and\b|or\b)[a-z]{2,}\b)|\s(?:because|since|where|which|when|as|after|with|that|by|if|assuming|provided)\b|\n| \(|\s(?:is|are) (?:the|our|my)\b",
+    r"\.\s|[,;]\s(?=(?:and )?(?!and\b|or\b)[a-z]{2,}\b)|\s(?=or (?:more|less|greater|fewer|larger|smaller|higher|lower|above|below)\b)|\s(?:long|wide|tall|high|deep|away|apart|left|altogether|old|each|remaining|in (?:total|all|\d+ (?:day|week|month|year|hour|minute)s?))\b|\s(?:because|since|where|which|when|as|after|with|that|by|if|assuming|provided)\b|\n| \(|\s(?:is|are) (?:the|our|my)\b",
 )
 
 
@@ -55,7 +55,7 @@ def spoken_answer(text: str, *, words: bool = False, numeric: bool = False) -> s
     whole = reading(text) if len(text) <= 600 else None
     if whole is not None and (whole.formula or whole.choice):
         return text
-    segments, after = _last_segments(text[-4000:])
+    segments, after = _last_segments(text[-4000:], numeric=numeric)
     if segments is not None and not re.search(r"\d", after):
         return segments
     last = _SENTENCE_END.split(text[-600:].rstrip().rsplit("\n", 1)[-1])[-1]
@@ -177,11 +177,16 @@ def _first_segments(text: str, near: int) -> str | None:
     return ", ".join(out) if out else None
 
 
-def _last_segments(text: str) -> tuple[str | None, str]:
-    r"""The last `$...$` of a text, with those that only commas, "and" or "or" part from it; and the text after them."""
+def _last_segments(text: str, *, numeric: bool = False) -> tuple[str | None, str]:
+    r"""The last `$...$` of a text, with those that only commas, "and" or "or" part from it; and the text after them.
+
+    numeric: a last one that is a name is left out, as in "$12$ is the value of $k$".
+    """
     out: list[str] = []
     start, end = -1, 0
     for segment in reversed(list(_SEGMENT.finditer(text))):
+        if numeric and not out and re.fullmatch(r"\s*[A-Za-z][.,]?\s*", _inside(segment)):
+            continue
         if out and not _JOIN.fullmatch(text, segment.end(), start):
             break
         end = end or segment.end()

@@ -66,7 +66,11 @@ def reading(text: str) -> Reading:
         if words in EMPTY:
             return Reading(text, whole=(("empty",),), words=words)
         if (number := number_in_words(words)) is not None:
-            return Reading(text, whole=(("num", number, None),), words=words)
+            trees: tuple[Node, ...] = (("num", number, None),)
+            return Reading(text, trees, trees, words=words)
+        counted, _, unit_word = words.rpartition(" ")
+        if (number := number_in_words(counted)) is not None and (known := split_unit(f"1 {unit_word}")[1]) is not None:
+            return Reading(text, (), (("num", number, None),), known)
         return Reading(
             text, words="dne" if words in _NOT_THERE else "undefined" if words in _UNDEFINED else words, choice=choice
         )

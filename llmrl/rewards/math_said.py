@@ -7,6 +7,9 @@ import re
 _BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])((?:[^*\n]|\*(?!\*))+?)(?<=\S)\*\*(?![\w(*])")
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _QUESTION = re.compile(r"(?:^|(?<=[.!?]\s)|(?<=\n))(?:[^.!?\n]|\.(?=\S))*[?？](?=\s|$)")
+_SENTENCE = re.compile(r"[.!?]\s+(?=[A-Z\[<$])")
+_REASON = re.compile(r",?\s+(?:since|because)\s|,\s+as\s(?!well\b|required\b)")
+_CONCLUDES = re.compile(r"\b(?:so|thus|hence|therefore|then|gives?|get|obtain|answer)\b", re.IGNORECASE)
 _EITHER = re.compile(r"\b(?:either|both)\s+(?=\S)", re.IGNORECASE)
 _WINDOW = 80
 # What comes before one of these says nothing of what comes after.
@@ -19,7 +22,10 @@ _NOT_TRUE = re.compile(
     re.IGNORECASE,
 )
 _NOT = re.compile(r"\b(?:not|never|cannot|neither|nor|no)\b|n['’]t\b", re.IGNORECASE)
-_NOT_SO = re.compile(r"(?:\bnot|n['’]t|\bnever|\bcannot)(?: be| equal(?: to)?)?[\s$(]*$", re.IGNORECASE)
+_NOT_SO = re.compile(
+    r"(?:\bnot|n['’]t|\bnever|\bcannot|\b(?:all|anything|everything|any) but|\bexcept(?: for)?)(?: be| equal(?: to)?)?[\s$(]*$",
+    re.IGNORECASE,
+)
 _WRONG_AFTER = re.compile(
     r"[\s$)\]\\}*]*(?:(?:is|are|was|were|does|do|did|can|could|would|will|has|have)(?:n['’]t|\s+not)\b|cannot\b|can['’]t\b|won['’]t\b|fails?\b"
     r"|(?:is|are|was|were|seems?)\s+(?:wrong|incorrect|impossible|extraneous|false|invalid|rejected|excluded|discarded|too\b|no\b))",
@@ -57,6 +63,15 @@ def plain(text: str) -> str:
 def without_questions(text: str) -> str:
     """The text without its questions, in which nothing is answered."""
     return _QUESTION.sub(" ", text) if "?" in text or "？" in text else text
+
+
+def without_reason(text: str) -> str:
+    """The text without what its last sentence gives for a reason: "it is 3, since the other is 5" says 3."""
+    start = max(text.rfind("\n"), max((m.end() for m in _SENTENCE.finditer(text, max(0, len(text) - 600))), default=0))
+    reason = _REASON.search(text, start)
+    if reason is None or not re.search(r"\d", text[start : reason.start()]) or _CONCLUDES.search(text, reason.end()):
+        return text
+    return text[: reason.start()]
 
 
 def denied(text: str, start: int) -> bool:

@@ -121,6 +121,8 @@ def _end(node: Node, is_open: bool) -> End:
 def _relation(node: Node) -> RealSet | None:
     """x > 1, 1 < x <= 2, x != 3, x = 4 with numbers for ends; what is to the left and right of the variable has no variable of its own."""
     sides, signs = node[1], node[2]
+    if signs == ("!=",) and sides[1][0] == "pm":  # x is neither
+        return _joined(("and", tuple(("rel", (sides[0], s), signs) for s in (sides[1][2], ("neg", sides[1][2])))))
     if len(sides) == 2 and (found := _distance(sides, signs[0])) is not None:
         return found
     if len(sides) == 3 and (found := _ring(sides, signs)) is not None:

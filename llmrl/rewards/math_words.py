@@ -30,6 +30,8 @@ def number_in_words(text: str) -> Fraction | None:
     if words[0] in ("minus", "negative") and len(words) > 1:
         value = number_in_words(" ".join(words[1:]))
         return None if value is None or value < 0 else -value
+    if words[0] in ("a", "an") and words[1:2] != [] and words[1] in ("dozen", "hundred", "thousand", "million"):
+        return number_in_words(" ".join(["one", *words[1:]]))
     if len(words) == 2 and (part := _PARTS.get(words[1].removesuffix("s").replace("halve", "half"))):
         several = words[1].endswith("s")
         count = 1 if words[0] in ("a", "an") else _UNITS.get(words[0], 0)
@@ -44,6 +46,8 @@ def number_in_words(text: str) -> Fraction | None:
             if before in _UNITS or before in _TENS:
                 return None
             group += _TENS[word]
+        elif word == "dozen" and total == 0 and group < 100:
+            group = 12 * (group or 1)
         elif word == "hundred" and before in _UNITS and 0 < group < 100:
             group *= 100
         elif word in _SCALES and group:
