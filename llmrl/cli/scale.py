@@ -29,16 +29,21 @@ if TYPE_CHECKING:
 KINDS = ("grpo", "ppo", "dpo", "sft", "reward")
 PROMPT_TOKENS, ROW_TOKENS = 512, 2048
 SERVER_MEMORY = 0.9  # vLLM's own default of gpu_memory_utilization
+_REWARD = "a reward's model (for a plan a short name does: rewards.0.model=qwen2.5-1.5b)"
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe's model on given GPUs: what of memory and what of a step does not depend on how it is sharded."""
+    """A recipe's model on given GPUs: what of memory and what of a step does not depend on how it is sharded.
+
+    lengths: tokens of prompt, mean completion and longest completion.
+    """
 
     config: Any
     shape: ModelShape
     critic: ModelShape | None
+    lengths: tuple[int, int, int]
     load: Load
     work: Work
     engine: Engine | None
@@ -53,6 +58,12 @@ class Job:
         return sharded_memory(
             self.config, self.shape, self.load, sharding, trainers, node=self.gpu.node, critic=self.critic
         )
+
+    def with_microbatches(self, tokens: int) -> Job:
+        """The same with another tokens_per_microbatch; its batch is cut anew."""
+        config = self.config.model_copy(update={"tokens_per_microbatch": tokens})
+        largest = _solve(config, self.lengths[0], self.lengths[2], self.trainers).largest_microbatch
+        return replace(self, config=config, load=replace(self.load, microbatch_tokens=largest))
 
     def parts(self, sharding: Sharding) -> list[Part]:
         from llmrl.train.step_time import step_time
@@ -135,8 +146,7 @@ def make_job(config: Any, gpu: Gpu, args: argparse.Namespace) -> Job:
         fields = config.model_copy(update={"model_name_or_path": name})
         critic = named_shape(fields, "SEQ_CLS", "critic_model_name_or_path")
     judges = [
-        named_shape(ModelFields(model_name_or_path=m), "SEQ_CLS", "a reward's model").parameters
-        for m in _reward_models(config)
+        named_shape(ModelFields(model_name_or_path=m), "SEQ_CLS", _REWARD).parameters for m in _reward_models(config)
     ]
     prompt, completion, limit = _lengths(config, args)
     trainers, engine = _place(config, shape, gpu, args, prompt + limit)
@@ -152,8 +162,10 @@ def make_job(config: Any, gpu: Gpu, args: argparse.Namespace) -> Job:
         engine_bytes=int(config.rollout.gpu_memory_utilization * gpu.memory) if colocated else 0,
         engine_phase="sampling" if not colocated or config.rollout.sleep_level else "always",
     )
-    work = _work(config, shape, critic, sum(judges), (prompt, completion, limit), trainers)
-    return Job(config, shape, critic, load, work, engine, gpu, trainers, Assumed(args.mfu, args.decode_efficiency))
+    lengths = (prompt, completion, limit)
+    work = _work(config, shape, critic, sum(judges), lengths, trainers)
+    assumed = Assumed(args.mfu, args.decode_efficiency)
+    return Job(config, shape, critic, lengths, load, work, engine, gpu, trainers, assumed)
 
 
 def _reward_models(config: Any) -> list[str]:

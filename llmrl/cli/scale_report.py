@@ -148,23 +148,10 @@ def _remedies(job: Job, options: Sequence[Option]) -> Iterator[str]:
     counts = {o.sharding.name: o.smallest for o in options if o.job is job and o.smallest is not None}
     if counts:
         least = min(counts, key=lambda key: counts[key])
-        yield f"{_gpus(counts[least])} of this kind with {least}"
-    tried, said = job, ""
-    for key, change in (("rollout.max_batch_tokens", _less_cache), ("gradient_checkpointing", _checkpointed)):
-        changed = change(tried)
-        if changed is not None:
-            tried, value = changed
-            said += f" {key}={value}"
-            if found := _fitting(tried):
-                yield f"{said.strip()} with {found}"
-                break
-    else:
-        tokens, longest = job.load.microbatch_tokens, job.work.length
-        while tokens // 2 >= longest:
-            tokens //= 2
-            if found := _fitting(replace(tried, load=replace(tried.load, microbatch_tokens=tokens))):
-                yield f"{said} tokens_per_microbatch={tokens} with {found}".strip()
-                break
+        server = job.engine is not None and job.engine.kind == "vllm_server"
+        of_these = f" and --engine-gpus {job.engine.tensor_parallel}" if server and job.engine is not None else ""
+        yield f"{_gpus(counts[least])} of this kind with {least}{of_these}"
+    yield from _changes(job)
     for o in options:
         if o.job is not job and o.fits:
             yield f"lora.r={o.job.config.lora.r} with {o.sharding.name}: {gib(o.memory.peak)} a GPU"
@@ -174,13 +161,36 @@ def _remedies(job: Job, options: Sequence[Option]) -> Iterator[str]:
     yield "larger GPUs, or a smaller model"
 
 
+def _changes(job: Job) -> Iterator[str]:
+    """The first of these that is enough, added up: a smaller cache, gradient checkpointing, smaller microbatches."""
+    said = []
+    for key, change in (("rollout.max_batch_tokens", _less_cache), ("gradient_checkpointing", _checkpointed)):
+        if (changed := change(job)) is None:
+            continue
+        job, value = changed
+        said.append(f"{key}={value}")
+        if found := _fitting(job):
+            yield f"{' '.join(said)} with {found}"
+            return
+    tokens, largest = job.config.tokens_per_microbatch, job.load.microbatch_tokens
+    while tokens > 256 and job.load.microbatch_tokens <= largest:
+        tokens, largest = tokens // 2, job.load.microbatch_tokens
+        job = job.with_microbatches(tokens)
+        if found := _fitting(job):
+            yield " ".join([*said, f"tokens_per_microbatch={tokens}", "with", found])
+            return
+
+
 def _less_cache(job: Job) -> tuple[Job, int] | None:
-    """With room for one sequence at a time in the local engine; None where that changes nothing."""
-    load = job.load
-    if load.decode_rows < 2:
-        return None
-    slot = load.cache_tokens // load.decode_rows
-    return replace(job, load=replace(load, cache_tokens=slot, decode_rows=1)), slot
+    """With fewer rows at once in the local engine, halved until it fits; None where there is but one."""
+    load, changed = job.load, None
+    while load.decode_rows > 1:
+        slot, rows = load.cache_tokens // load.decode_rows, load.decode_rows // 2
+        load = replace(load, cache_tokens=slot * rows, decode_rows=rows)
+        changed = replace(job, load=load), load.cache_tokens
+        if _fitting(changed[0]):
+            break
+    return changed
 
 
 def _checkpointed(job: Job) -> tuple[Job, str] | None:

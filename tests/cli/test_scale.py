@@ -86,6 +86,24 @@ def test_servers_take_their_gpus_from_all(plan):
     assert "engine-gpus is for recipes with" in plan("--engine-gpus", "2", **GRPO)[1]
 
 
+def test_servers_are_named_where_more_gpus_would_do(plan):
+    rollout = {"engine": "vllm_server", "urls": ["http://a:1"]}
+    keys = {**GRPO, "lora": None, "gpu": "rtx4090-24g", "rollout": rollout, "tokens_per_microbatch": 1024}
+    code, text = plan(gpus=2, **keys)
+    assert code == 1
+    gpus, engines = re.search(r"(\d+) GPUs of this kind with \S+ and --engine-gpus (\d+)", text).groups()
+    assert plan("--engine-gpus", engines, gpus=int(gpus), **keys)[0] == 0
+
+
+def test_a_smaller_cache_is_named(plan):
+    keys = {**GRPO, "gpu": "rtx4090-24g", "gpus": 1, "max_completion_length": 4096, "tokens_per_microbatch": 2048}
+    keys |= {"gradient_checkpointing": True, "model_name_or_path": "qwen3-0.6b"}
+    code, text = plan(**keys)
+    assert code == 1
+    (change,) = re.findall(r"^  (rollout.max_batch_tokens=\d+) with", text, re.MULTILINE)
+    assert plan(change, **keys)[0] == 0
+
+
 def test_the_kind_is_found_or_asked_for(plan):
     code, text = plan(lora={"r": 8})
     assert code == 2 and "--kind dpo or --kind sft or --kind reward" in text
