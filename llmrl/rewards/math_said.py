@@ -8,7 +8,8 @@ _BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])((?:[^*\n]|\*(?!\*))+?)(?<=\S)\
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _QUESTION = re.compile(r"(?:^|(?<=[.!?]\s)|(?<=\n))(?:[^.!?\n]|\.(?=\S))*[?？](?=\s|$)")
 _SENTENCE = re.compile(r"[.!?]\s+(?=[A-Z\[<$])")
-_REASON = re.compile(r",?\s+(?:since|because)\s|,\s+as\s(?!well\b|required\b)")
+# A run of white space is looked at from its first character only: from each of them would take its length squared.
+_REASON = re.compile(r"(?:,|(?<!\s))\s+(?:since|because)\s|,\s+as\s(?!well\b|required\b)")
 _CONCLUDES = re.compile(r"\b(?:so|thus|hence|therefore|then|gives?|get|obtain|answer)\b", re.IGNORECASE)
 _EITHER = re.compile(r"\b(?:either|both)\s+(?=\S)", re.IGNORECASE)
 _WINDOW = 80
@@ -21,6 +22,7 @@ _NOT_TRUE = re.compile(
     r"(?:\bnot (?:true|the case|correct)|n't (?:true|the case|correct)|\bfalse|\bwrong) (?:that|to say)\b",
     re.IGNORECASE,
 )
+_ASKED = re.compile(r"\b(?:whether|not (?:true|the case) that|untrue that)\b[^.!?\n]*$", re.IGNORECASE)
 _NOT = re.compile(r"\b(?:not|never|cannot|neither|nor|no)\b|n['’]t\b", re.IGNORECASE)
 _NOT_SO = re.compile(
     r"(?:\bnot|n['’]t|\bnever|\bcannot|\b(?:all|anything|everything|any) but|\bexcept(?: for)?)(?: be| equal(?: to)?)?[\s$(]*$",
@@ -72,6 +74,11 @@ def without_reason(text: str) -> str:
     if reason is None or not re.search(r"\d", text[start : reason.start()]) or _CONCLUDES.search(text, reason.end()):
         return text
     return text[: reason.start()]
+
+
+def asked_about(text: str, start: int) -> bool:
+    """Whether what begins at `start` is what a sentence asks about, or says to be untrue: "check whether the answer is 96"."""
+    return _ASKED.search(text, max(0, start - _WINDOW), start) is not None
 
 
 def denied(text: str, start: int) -> bool:
