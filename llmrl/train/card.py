@@ -101,7 +101,7 @@ def _benchmarks(run: Path | None, step: int | None) -> Iterator[dict[str, Any]]:
         if "benchmark" not in found or "accuracy" not in found:
             continue
         yield {
-            "dataset": found["benchmark"], "metric": "accuracy", "value": round(found["accuracy"], 6),
+            "dataset": found["benchmark"] or file.stem, "metric": "accuracy", "value": round(found["accuracy"], 6),
             "label": f"accuracy (avg@{found['samples']})", "interval": [round(x, 6) for x in found["interval"]],
             "problems": found["n"], "samples": found["samples"],
         }  # fmt: skip
