@@ -44,6 +44,7 @@ from llmrl.rewards.math_prose import (
 )
 from llmrl.rewards.math_read import Reading, reading
 from llmrl.rewards.math_said import (
+    asked_about,
     between,
     denied,
     plain,
@@ -169,6 +170,8 @@ def _answer(completion: str, gold: str) -> str | None:
     completion = plain(completion)
     ours = reading(gold)
     marked = final_answer(completion, numeric=False)
+    if marked is not None and "boxed" not in completion and asked_about(completion, completion.rfind(marked)):
+        return None
     if marked is not None and same_text(marked, gold) and not _box_rejected(completion):
         return marked
     if marked is not None and "boxed" in completion:

@@ -34,7 +34,7 @@ RELATIONS = {"=": "=", "<": "<", ">": ">", r"\leq": "<=", r"\geq": ">=", r"\neq"
 SETS = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "setminus"}
 DECORATIONS = {"bar", "hat", "vec", "dot", "ddot", "tilde", "overline", "overrightarrow", "underline", "mathbf", "mathbb", "widehat", "angle", "triangle", "nabla", "partial"}  # fmt: skip
 ENGLISH = {
-    "as", "to", "is", "it", "so", "we", "of", "if", "the", "are", "not", "for", "all", "any", "has", "its", "per", "one", "but", "was", "plus", "minus", "times",
+    "as", "to", "set", "is", "it", "so", "we", "of", "if", "the", "are", "not", "for", "all", "any", "has", "its", "per", "one", "but", "was", "plus", "minus", "times",
     "over", "get", "gets", "got", "since", "using", "single", "sine", "cosine", "cost", "tank", "expect",
 }  # fmt: skip
 PLUS = ("+", "-", r"\pm", r"\mp")

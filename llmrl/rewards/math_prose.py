@@ -35,7 +35,7 @@ _SEGMENT = re.compile(
     re.DOTALL,
 )
 _TAIL = re.compile(
-    r"(?:\b(?:is|are|equals?|get|gets|gives?|makes?|comes to|totals|amounts to|have|be|becomes?|obtain|obtained|yields?|find|found|answer|result|solution|value|total|thus|therefore|so|hence|conclude|choose|pick|option|simplifies to|reduces to|equal to|then|it's|that's)\b[:,]?|:|=|⇒|→)\s+",
+    r"(?:\b(?:is|are|equals?|get|gets|gives?|makes?|comes to|totals|amounts to|at(?! (?:least|most))|have|be|becomes?|obtain|obtained|yields?|find|found|answer|result|solution|value|total|thus|therefore|so|hence|conclude|choose|pick|option|simplifies to|reduces to|equal to|then|it's|that's)\b[:,]?|:|=|⇒|→)\s+",
     re.IGNORECASE,
 )
 _CUT = re.compile(
