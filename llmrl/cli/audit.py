@@ -94,8 +94,7 @@ def _row(value: Any, number: int, path: Path) -> LabelledAnswer:
     for answer, label in (("candidate", "expected"), ("completion", "correct")):
         if "gold" in value and answer in value and label in value:
             texts = [value["gold"], value[answer]]
-            if texts[1] is None:
-                texts[1] = ""  # no answer was given
+            texts = ["" if t is None else t for t in texts]  # no answer was given; a row without a reference is listed
             if any(not isinstance(t, str | int | float) for t in texts):
                 raise DataError(f"{where}: `gold` and `{answer}` are texts or numbers")
             return LabelledAnswer(number, str(texts[0]), str(texts[1]), _label(value[label], f"{where}: `{label}`"))
@@ -120,7 +119,7 @@ def audit(
     """Runs the verifier on each row and counts.
 
     Returns `agreement` (share of rows whose verdict is the label), `precision` (of the accepted, how many are right), `recall` (of the
-    right, how many are accepted; both None where there are none), `timeouts`, `rows`, `outcomes`, and `disagreements` as rows. Accepted
+    right, how many are accepted; both None where there are none), `timeouts`, `rows`, `outcomes`, `unusable` (lines whose reference can't be used, a null one among them), and `disagreements` as rows. Accepted
     is a value above 0.5; a row without a value (timeout, error, unusable reference) is not accepted. Raises ConfigError for an unknown verifier.
     """
     rollouts = [
@@ -144,6 +143,7 @@ def audit(
         "timeouts": outcomes.get(TIMEOUT, 0),
         "rows": len(rows),
         "outcomes": outcomes,
+        "unusable": [r.line for r, s in zip(rows, scored, strict=True) if s.outcomes[name] == NOT_APPLICABLE],
         "verifier": verifier,
         "disagreements": [
             {
@@ -172,6 +172,9 @@ def _show(report: Mapping[str, Any], console: Console) -> None:
         console.print(
             Text(f"line {row['line']}: {how}{odd}: gold {_short(row['gold'])}, answer {_short(row['answer'])}")
         )
+    if lines := report["unusable"]:
+        some = ", ".join(map(str, lines[:20])) + (", ..." if len(lines) > 20 else "")
+        console.print(Text(f"not accepted for want of a reference that can be used: {len(lines)} rows (lines {some})"))
     shown = {k: "none" if report[k] is None else f"{report[k]:.4f}" for k in ("agreement", "precision", "recall")}
     console.print(Text(f"{report['verifier']} on {report['rows']} rows: " + ", ".join(f"{k} {v}" for k, v in shown.items())
                        + f", timeouts {report['timeouts']}, disagreements {len(report['disagreements'])}"))  # fmt: skip

@@ -44,11 +44,15 @@ def test_odd_rows_are_rows(tmp_path, capsys):
         {"gold": 0.5, "candidate": "1/2", "expected": 1, "meta": {"a": [1]}},
         {"gold": "7", "completion": "<think>\n\\boxed{8}?\n</think>\nIt is \\boxed{7}.", "correct": "true", "candidate": None},
         {"gold": True, "candidate": "true", "expected": "yes"},
+        {"gold": None, "candidate": "2", "expected": True},
     ]  # fmt: skip
     assert main(["audit-verifier", write(tmp_path, *rows), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [(d["line"], d["accepted"], d["outcome"]) for d in report["disagreements"]] == [(3, False, "not-applicable")]
-    assert (report["precision"], report["recall"]) == (1.0, 0.75)
+    out, err = capsys.readouterr()
+    report = json.loads(out.splitlines()[-1])
+    refused = [(d["line"], d["accepted"], d["outcome"]) for d in report["disagreements"]]
+    assert refused == [(3, False, "not-applicable"), (7, False, "not-applicable")]
+    assert (report["precision"], report["recall"], report["unusable"]) == (1.0, 0.6, [3, 7])
+    assert "2 rows (lines 3, 7)" in err
 
 
 def test_the_text_lists_disagreements(tmp_path, capsys):
@@ -84,7 +88,7 @@ def test_a_timeout_is_not_accepted(tmp_path, capsys):
         ((ROWS[0], "", {"gold": "1", "answer": "1"}), "line 3 has the columns answer, gold; a row needs"),
         (("[1]",), "line 1 holds a list"),
         (({"gold": "1", "candidate": "1", "expected": "maybe"},), "`expected` is 'maybe'; a label is true or false"),
-        (({"gold": None, "candidate": "1", "expected": True},), "are texts or numbers"),
+        (({"gold": [1], "candidate": "1", "expected": True},), "are texts or numbers"),
         ((), "has no rows"),
     ],
 )
