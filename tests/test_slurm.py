@@ -18,7 +18,8 @@ def run(tmp_path, nodes, **env):
         # What the node itself would run is run here, so that its quoting is tested as well.
         "srun": 'echo "srun $*" >> "$LOG"; while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=1 "$@"',
         "llmrl": 'echo "gpus=$CUDA_VISIBLE_DEVICES $*" >> "$LOG"',
-        "accelerate": 'echo "accelerate $*" >> "$LOG"',
+        # Training waits for its servers, as the real one does: the job ends them when it ends. Two of them run on this "node".
+        "accelerate": 'echo "accelerate $*" >> "$LOG"; for _ in {1..300}; do (( $(grep -c ^gpus= "$LOG") == 2 )) && exit; sleep 0.1; done',
         "hostname": "echo node",
     }
     for name, body in stubs.items():
