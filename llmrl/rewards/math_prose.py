@@ -28,7 +28,7 @@ _GOES_ON = re.compile(
 _LINES = re.compile(r"^\s*\\begin\{(align|aligned|gather|equation|eqnarray)\*?\}(.+?)\\end\{\1\*?\}[\s.]*$", re.DOTALL)
 _IN_TIME = re.compile(r"\b(?:in|for|after|within|during|every|over)\s+(?:the\s+|just\s+|only\s+)?$")
 _TIME_UNIT = re.compile(r"\s*(?:more\s+)?(?:second|minute|hour|day|week|month|year)s?\b")
-_ASY = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
+_ASY = re.compile(r"\[asy\](?:(?!\[asy\]).)*?\[/asy\]", re.DOTALL)
 _JOIN = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
 _SEGMENT = re.compile(
     r"\$\$([^$]+)\$\$|(?<!\\)\$((?:\\\$|[^$])+?)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]|(\\begin\{(align|aligned|gather|equation|eqnarray)\*?\}.+?\\end\{\6\*?\})",
@@ -149,6 +149,8 @@ def _last_formula(line: str) -> str | None:
     starts = [m.end() for m in re.finditer(r"(?:(?<=[A-Za-z]{2})|i\.e\.)[:,]? +", line)][-10:]
     for start in starts:
         end = line[start:].rstrip(" .")
+        if _IN_TIME.search(line[:start]) and re.search(_TIME_UNIT.pattern, end):
+            break  # "in 3 hours" says when
         if re.search(r"[\\=^{}*+]", line[:start]) or line[start] in "+*/=^<>":
             break  # inside a formula
         if re.search(r"\d", end) and not re.match(r"[a-z]{2,} ", end) and reading(end).formula:

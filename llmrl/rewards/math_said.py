@@ -53,7 +53,9 @@ _BETWEEN = re.compile(
     r"\b((?:strictly|exclusively)\s+)?between\s+\$?([^\s$]{1,40}?)\$?,?\s+and\s+\$?([^\s$]{1,40}?)\$?(?:[\s,(]+(inclusive|exclusive)(?:ly)?\)?)?[\s.!)$]*$",
     re.IGNORECASE,
 )
-_POLAR = re.compile(r"(?:^|(?<=[.!?:]\s)|(?<=[\n>]))[\s*]*(yes|no|true|false)(?=\s*(?:[,.!;:—*]|$))", re.IGNORECASE)
+_POLAR = re.compile(
+    r"(?:^|(?<=[.!?:]\s)|(?<=[\n>]))[ \t*]{0,8}(yes|no|true|false)(?=[ \t]{0,8}(?:[,.!;:—*\n]|$))", re.IGNORECASE
+)
 
 
 def plain(text: str) -> str:
