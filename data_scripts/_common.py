@@ -103,7 +103,11 @@ def puzzles(doc: str | None, kind: str) -> None:
     if not low.isdigit() or not (high or low).isdigit():
         raise SystemExit(f"--difficulty {args.difficulty}: give a number from 1 to 8, or a range such as 2-5")
     difficulties = range(int(low), int(high or low) + 1)
-    write(generate(kind, args.count, seed=args.seed, difficulties=difficulties), args)
+    try:
+        made_up = generate(kind, args.count, seed=args.seed, difficulties=difficulties)
+    except LLMRLError as error:
+        raise SystemExit(str(error)) from None
+    write(made_up, args)
 
 
 def converted(rows: Rows, converter: convert.Converter, usable: Callable[[Any], str | None] | None = None) -> Rows:
@@ -194,8 +198,11 @@ def write(rows: Rows, args: argparse.Namespace) -> None:
         "utf-8", "replace"
     )  # lone surrogates
     path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise SystemExit(f"--output {path} can't be written: {error.strerror or error}; give another file") from None
     counts: Mapping[str, int] = Counter(str(row["verifier"]) for row in rows if row.get("verifier"))
     by = f" ({', '.join(f'{name} {count}' for name, count in counts.items())})" if counts else ""
     print(f"{path}: {len(rows)} rows{by}, sha256 {hashlib.sha256(data).hexdigest()}")

@@ -419,3 +419,15 @@ def test_a_script_runs_by_itself(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(lines(tmp_path / "x" / "y.jsonl")) == 3 and "3 rows (math_answer 3), sha256" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [(["--difficulty", "9"], "from 1 to 8, given"), (["--output", "."], "--output . can't be written")],
+)
+def test_what_a_script_can_t_do_is_one_line(monkeypatch, tmp_path, args, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setattr(sys, "argv", ["arithmetic.py", "--count", "3", "--output", "y.jsonl", *args])
+    with pytest.raises(SystemExit, match=says):
+        runpy.run_path(str(SCRIPTS / "arithmetic.py"), run_name="__main__")

@@ -97,7 +97,7 @@ def show(plan: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(Text(f"Assumed: {plan['assumed']}."))
     if plan["samples"] is not None:
-        console.print(f"{plan['samples']} samples a problem are enough.")
+        console.print(_enough(plan["samples"]))
     elif plan["limit"] > margin:
         console.print(
             f"No number of samples is enough: {problems} problems alone leave +- {plan['limit']:.4f}. It takes {_count(plan['problems_at_limit'])} "
@@ -107,9 +107,13 @@ def show(plan: dict[str, Any], console: Console) -> None:
         console.print(f"{plan['rows'][-1]['samples']} samples a problem are not enough.")
     if plan["samples"] is None and plan["same_problems_samples"] is not None:
         console.print(
-            f"Of these very problems alone, whatever other ones would give: {plan['same_problems_samples']} samples a problem are enough."
+            f"Of these very problems alone, whatever other ones would give: {_enough(plan['same_problems_samples'])}"
         )
 
 
 def _count(problems: int | None) -> str:
     return "over 10,000,000" if problems is None else f"{problems:,}"
+
+
+def _enough(samples: int) -> str:
+    return "1 sample a problem is enough." if samples == 1 else f"{samples} samples a problem are enough."

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 an error that llmrl explains, 130 interrupted; whatever is
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -64,6 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LLMRLError as error:
         rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"llmrl: error{rank}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"llmrl: error: nothing more can be written: {error.strerror}{where}. What was written is kept: make room, and run the same "
+            "command again",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("llmrl: interrupted", file=sys.stderr)

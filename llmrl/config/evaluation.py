@@ -94,9 +94,14 @@ class EvalConfig(Recipe, ModelFields):
         if self.benchmark and self.system_prompt is not None:
             raise ValueError("system_prompt is for `data`; a benchmark's prompts are its templates (--template NAME)")
         if self.predictions is not None:
-            if self.model_name_or_path or len(self.benchmark) != 1:
+            if self.model_name_or_path:
+                raise ValueError("predictions are completions that exist, judged without a model: leave --model out")
+            if len(self.benchmark) != 1:
+                raise ValueError("predictions are completions of one benchmark; judge one benchmark at a time")
+            sampled = ("template", "n", "temperature", "top_p", "max_completion_length", "max_prompt_length")
+            if useless := [key for key in sampled if getattr(self, key) is not None]:
                 raise ValueError(
-                    "predictions are completions of one benchmark, judged without a model: leave --model out"
+                    f"{', '.join(useless)} would change nothing: predictions are completions that exist, and nothing is sampled; leave it out"
                 )
         elif not self.model_name_or_path:
             raise ValueError(

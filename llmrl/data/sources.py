@@ -109,7 +109,7 @@ def _read_json(path: Path, name: str) -> Iterator[Row]:
 def _parse(text: str, origin: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # recursion: brackets in brackets, thousands deep
         raise DataError(
             f"{origin}: not JSON ({error}); expected one object a line, or a .json file that is one list of objects"
         ) from error

@@ -80,7 +80,8 @@ class Journal:
         self._write({"id": problem, "sample": sample, "finish": completion.finish_reason, "ids": ids, "text": text})
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        # Half a surrogate pair has no UTF-8; as a backslash escape it is JSON.
+        self._file.write(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         self._file.flush()
 
     def _lock(self) -> None:

@@ -36,7 +36,8 @@ def read_predictions(path: str | Path) -> dict[str, list[str | None]]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ConfigError(f"predictions: {path} does not exist (current directory: {Path.cwd()})")
+        what = "is a directory; give the file in it" if path.is_dir() else "does not exist"
+        raise ConfigError(f"predictions: {path} {what} (current directory: {Path.cwd()})")
     found: dict[str, list[str | None]] = {}
     for row in _rows(path):
         id = row.values.get("id")
@@ -54,9 +55,11 @@ def _rows(path: Path) -> Sequence[Row]:
     if path.suffix == ".json":
         try:
             value = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None  # perhaps objects one a line; else the reader says what is wrong
         if isinstance(value, dict) and isinstance(value.get("per_row"), list):
+            if not all(isinstance(row, dict) for row in value["per_row"]):
+                raise DataError(f"{path}: per_row must list objects, one a problem; give a result of llmrl eval")
             return [Row(row, f"{path}: per_row {i}") for i, row in enumerate(value["per_row"], start=1)]
     return load_rows([DatasetSource(path=str(path))])
 

@@ -61,8 +61,14 @@ def write_report(
     target = (
         Path(output) if output is not None else first / "report.html" if first.is_dir() else first.with_suffix(".html")
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, render(sources))
+    page = render(sources)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, page)
+    except OSError as error:
+        raise DataError(
+            f"the page {target} can't be written: {error.strerror or error}; give a file, such as --output report.html"
+        ) from error
     return target
 
 
@@ -182,11 +188,16 @@ def _read_result(path: Path, max_samples: int) -> _Source:
     result = _json(path)
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise DataError(f'{path} is not a result file: `llmrl eval --output` writes them, with "format": "{FORMAT}"')
-    samples = [sample for row in result["per_row"] for sample in _result_samples(row)]
+    try:
+        samples = [sample for row in result["per_row"] for sample in _result_samples(row)]
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"{path}: a problem under per_row is not whole ({error!r}); evaluate again with llmrl eval --output"
+        ) from error
     return _Source(
-        name=f"{result['benchmark'] or 'evaluation'} ({path.name})",
+        name=f"{result.get('benchmark') or 'evaluation'} ({path.name})",
         kind="result",
-        summary=dict(result["manifest"]),
+        summary=dict(result.get("manifest") or {}),
         result={k: v for k, v in result.items() if k not in ("per_row", "manifest")},
         samples=samples[:max_samples],
         left_out=max(0, len(samples) - max_samples),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmrl.errors import ConfigError
 from llmrl.evaluation.also import summary
 from llmrl.evaluation.metrics import accuracy_interval, mean_interval, mean_pass_at_k
 from llmrl.evaluation.votes import format_rate, mean_maj_at_k
@@ -169,10 +170,17 @@ class EvalResult:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Writes the result file, whole or not at all."""
+        """Writes the result file, whole or not at all. Raises ConfigError where it can't be written."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+        except OSError as error:
+            raise ConfigError(
+                f"the result {path} can't be written: {error.strerror or error}. Make room, or give the path of another file; samples that "
+                "were written beside it are not sampled again"
+            ) from error
         return path
 
     @staticmethod
@@ -181,6 +189,8 @@ class EvalResult:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("per_row"), list):
             raise ValueError(f"it has no `format: {FORMAT}` with rows")
+        if absent := [key for key in ("benchmark", "manifest", "missing", "format_rate") if key not in found]:
+            raise ValueError(f"it has no {', '.join(absent)}")
         return EvalResult(
             found["per_row"],
             found["benchmark"],

@@ -30,11 +30,18 @@ def fsync_path(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` by a file with `text`: a reader, or a restart, finds the old content or the new."""
+    """Replaces `path` by a file with `text`: a reader, or a restart, finds the old content or the new.
+
+    Half a surrogate pair has no UTF-8; it is written as a backslash escape, which in JSON means the same.
+    """
     temporary = path.with_name(f".tmp_{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    fsync_path(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        fsync_path(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk: half a file must not keep it full
+        raise
     fsync_path(path.parent)
 
 

@@ -141,6 +141,9 @@ def test_completions_of_a_file_are_judged_without_a_model(benchmark, tmp_path, c
     arguments = ["eval", "--benchmark", str(benchmark), "--predictions", str(predictions), "--output", str(out)]
     assert main(arguments) == 2
     assert "no completion" in capsys.readouterr().err
+    for change, says in ((["--n", "4"], "n would change nothing"), (["--model", "m"], "leave --model out")):
+        assert main([*arguments, *change]) == 2
+        assert says in capsys.readouterr().err
     assert main([*arguments, "--allow-missing"]) == 0
     result = json.loads(out.read_text())
     assert result["accuracy"] == pytest.approx(1 / 3) and result["missing"] == ["p0"]

@@ -85,6 +85,11 @@ def _raiser(error):
     [
         (DataError("row 3 is bad"), 2, "llmrl: error: row 3 is bad"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            OSError(28, "No space left on device", "run/x"),
+            2,
+            "No space left on device (run/x). What was written is kept",
+        ),
         (None, 7, ""),
     ],
 )

@@ -92,7 +92,7 @@ def test_the_command_says_when_no_number_of_samples_is_enough(capsys, monkeypatc
     assert "aime24: 30 problems" in out and "math500: 500 problems" in out
     assert "No number of samples is enough: 30 problems alone leave" in out and "nothing known of this model" in out
     assert main(["eval", "--how-many=0.1", "--problems", "500"]) == 0
-    assert "1 samples a problem are enough" in capsys.readouterr().out
+    assert "1 sample a problem is enough" in capsys.readouterr().out
 
 
 def test_the_command_takes_the_spread_of_a_result(tmp_path, capsys):

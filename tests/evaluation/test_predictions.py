@@ -123,6 +123,20 @@ def test_a_result_file_can_be_judged_again(tmp_path, sums):
     assert score_predictions(sums, first).accuracy == 1.0
 
 
+def test_half_a_surrogate_pair_and_nul_outlive_the_result_file(tmp_path, sums):
+    odd = [{**row, "completion": "\ud800\x00 " + row["completion"]} for row in RIGHT]
+    first = score_predictions(sums, written(tmp_path, odd)).save(tmp_path / "first.json")
+    assert json.loads(first.read_text(encoding="utf-8"))["per_row"][0]["completions"] == [odd[0]["completion"]]
+    assert score_predictions(sums, first).accuracy == 1.0
+
+
+def test_a_result_that_can_not_be_written_says_so(tmp_path, sums):
+    (tmp_path / "taken.json").mkdir()
+    with pytest.raises(ConfigError, match="can't be written"):
+        score_predictions(sums, written(tmp_path, RIGHT)).save(tmp_path / "taken.json")
+    assert not list(tmp_path.glob(".tmp_*"))
+
+
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
@@ -145,6 +159,12 @@ def test_files_that_are_no_predictions(tmp_path, sums, rows, says):
 def test_what_can_not_be_judged(tmp_path, sums):
     with pytest.raises(ConfigError, match="does not exist"):
         score_predictions(sums, tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match="is a directory"):
+        score_predictions(sums, tmp_path)
+    for text, says in (('{"per_row": [1]}', "per_row must list objects"), ("[" * 100_000, "not JSON")):
+        (tmp_path / "odd.json").write_text(text)
+        with pytest.raises(DataError, match=says):
+            score_predictions(sums, tmp_path / "odd.json")
     with pytest.raises(DataError, match="unknown format"):
         score_predictions(sums, written(tmp_path, RIGHT, "preds.csv"))
     chosen = SUMS.replace("boxed", "plain").replace("exact_match", "exact_match\nmode: choices")

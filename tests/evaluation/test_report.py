@@ -129,11 +129,16 @@ def test_panels():
 def test_what_can_not_be_reported(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "part.json").write_text(json.dumps({"format": "llmrl-result/1", "per_row": [{"id": "q"}]}))
     for path, message in ((tmp_path, "no run directory"), (tmp_path / "x", "does not exist"), (tmp_path / "other.json", "not a result file"),
-                          (tmp_path / "broken.json", "can't be read")):  # fmt: skip
+                          (tmp_path / "broken.json", "can't be read"), (tmp_path / "part.json", "not whole")):  # fmt: skip
         with pytest.raises(DataError, match=message):
             write_report([path])
     assert main(["report", str(tmp_path / "x")]) == 1 or "does not exist" in capsys.readouterr().err
+    (tmp_path / "whole.json").write_text(json.dumps(result()))
+    with pytest.raises(DataError, match=r"can't be written: .*give a file"):
+        write_report([tmp_path / "whole.json"], tmp_path)
+    assert not list(tmp_path.parent.glob(".tmp_*"))
     (write_run(tmp_path / "run") / "summary.json").unlink()  # killed at its first step
     assert main(["report", str(tmp_path / "run")]) == 0 and "report.html" in capsys.readouterr().out
 

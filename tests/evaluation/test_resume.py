@@ -98,6 +98,14 @@ def test_samples_are_there_as_soon_as_they_are_added(tmp_path):
         assert journal.found("p", 1) == COMPLETION and journal.found("p", 0) is None and len(journal) == 1
 
 
+def test_half_a_surrogate_pair_is_kept(tmp_path):
+    odd = Completion((5,), (), "stop", "\udfff\x00\u2028")
+    with Journal(tmp_path / "s.jsonl", MANIFEST) as journal:
+        journal.add("p", 0, odd)
+    with Journal(tmp_path / "s.jsonl", MANIFEST) as journal:
+        assert journal.found("p", 0) == odd
+
+
 def test_samples_of_other_settings_are_refused_with_what_differs(tmp_path):
     path = tmp_path / "s.jsonl"
     with Journal(path, MANIFEST) as journal:
