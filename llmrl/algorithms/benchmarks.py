@@ -83,7 +83,7 @@ class Benchmarks:
                 cut=task.template.cut,
                 manifest=manifest_of(settings, task, trainer.tokenizer, self._described(step)),
                 extra=task.extra,
-            )
+            ).in_order([prompt.id for prompt in task.prompts])
             if trainer.backend.is_main:
                 result.save(folder / f"{task.name}.json")
             numbers = result.metrics() | {name: found["value"] for name, found in result.also.items()}

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,11 @@ class EvalResult:
     def also(self) -> dict[str, dict[str, Any]]:
         """Further numbers of the same completions by name, see `also.summary`."""
         return summary(self.rows)
+
+    def in_order(self, ids: Sequence[str]) -> EvalResult:
+        """The same result with its rows in the order of `ids`: processes that share the problems hand them in by process."""
+        place = {id: i for i, id in enumerate(ids)}
+        return replace(self, rows=sorted(self.rows, key=lambda row: place[row["id"]]))
 
     def metrics(self) -> dict[str, float]:
         """The numbers that a trainer logs."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from llmrl.errors import DataError, LLMRLError, RolloutError
+from llmrl.evaluation.result import EvalResult
 from llmrl.evaluation.runner import evaluate
 from llmrl.types import Completion, Prompt, Rollout, Sampling, ScoredRollout
 from tests.scorers import PlainScorer
@@ -159,3 +160,8 @@ def test_results_are_json_with_the_manifest(tmp_path):
 def test_no_problem_is_an_error():
     with pytest.raises(DataError, match="nothing to evaluate"):
         evaluate([], Engine(), Scorer(), n=1, sampling=SAMPLING)
+
+
+def test_rows_of_several_processes_come_in_the_order_of_the_problems():
+    rows = [{"id": id, "correct": [True]} for id in ("a", "c", "b")]  # of processes 0, 0 and 1
+    assert [row["id"] for row in EvalResult(rows, "x").in_order(["a", "b", "c"]).rows] == ["a", "b", "c"]

@@ -43,7 +43,7 @@ function intervalBar(value, [low, high]) {
   const band = el("i"), mark = el("b");
   band.style.left = percent(low); band.style.width = percent(high - low); mark.style.left = percent(value);
   bar.append(band, mark);
-  return bar;
+  return el("div", { className: "interval" }, bar, el("span", {}, `${percent(low)} to ${percent(high)}`));
 }
 function table(head, rows) {
   const cell = (tag, value, i) => el(tag, { className: head[i].startsWith(" ") ? "n" : "" }, value instanceof Node ? value : String(value));
@@ -102,6 +102,12 @@ function ticks(low, high) {
   for (let t = Math.ceil(low / unit) * unit; t <= high + unit / 1e6; t += unit) out.push(Math.abs(t) < unit / 1e6 ? 0 : t);
   return out;
 }
+function labels(values) {  // as short as tells them apart
+  for (let digits = 5, texts = values.map(number); ; digits++) {
+    if (new Set(texts).size === values.length || digits > 9) return texts;
+    texts = values.map((x) => String(Number(x.toPrecision(digits))));
+  }
+}
 function smooth(ys) {  // a running mean over a twentieth of the points, where there are many
   const width = Math.floor(ys.length / 20);
   if (width < 3) return null;
@@ -120,9 +126,10 @@ function chart(title, series) {
   if (x0 === x1) { x0 -= 1; x1 += 1; }
   const X = (x) => left + (x - x0) / (x1 - x0) * (W - left - right), Y = (y) => H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom);
   const picture = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title });
-  for (const t of ticks(y0, y1)) {
-    picture.append(svg("line", { class: "axis", x1: left, x2: W - right, y1: Y(t), y2: Y(t) }), svg("text", { x: left - 5, y: Y(t) + 4, "text-anchor": "end" }, number(t)));
-  }
+  const marks = ticks(y0, y1), names = labels(marks);
+  marks.forEach((t, i) => {
+    picture.append(svg("line", { class: "axis", x1: left, x2: W - right, y1: Y(t), y2: Y(t) }), svg("text", { x: left - 5, y: Y(t) + 4, "text-anchor": "end" }, names[i]));
+  });
   for (const t of ticks(x0, x1)) picture.append(svg("text", { x: X(t), y: H - 5, "text-anchor": "middle" }, number(t)));
   lines.forEach((s, i) => {
     const color = `var(--s${i % 6})`, path = (ys) => s.points.map(([x], j) => `${j ? "L" : "M"}${X(x).toFixed(1)} ${Y(ys[j]).toFixed(1)}`).join("");
