@@ -183,8 +183,8 @@ class EvalResult:
             write_atomically(path, text)
         except OSError as error:
             raise ConfigError(
-                f"the result {path} can't be written: {error.strerror or error}. Make room, or give the path of another file; samples that "
-                "were written beside it are not sampled again"
+                f"the result {path} can't be written: {error.strerror or error}. Make room and run it again (samples that were written "
+                "beside it are not sampled again), or give the path of another file"
             ) from error
         return path
 
