@@ -154,7 +154,8 @@ def test_check_golds_lists_the_bad_ones_with_their_ids():
 
 def test_a_reference_that_hangs_is_listed_too():
     prompts = [
-        Prompt(f"p{i}", (1,), "q", {"answer": a}) for i, a in enumerate(["4", r"\int \gcd(9^{x}, \sum_{i=1}^{9^9} i^i) dx"])
+        Prompt(f"p{i}", (1,), "q", {"answer": a})
+        for i, a in enumerate(["4", r"\int \gcd(9^{x}, \sum_{i=1}^{9^9} i^i) dx"])
     ]
     with RewardRunner([RewardSpec(function="math_answer", timeout=0.5)]) as runner:
         assert [(b.prompt_id, b.reason) for b in runner.check_golds(prompts)] == [
