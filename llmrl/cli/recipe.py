@@ -64,10 +64,10 @@ def read_recipe(kind: str, argv: Sequence[str]) -> Recipe:
     return config
 
 
-def detect_recipe(kinds: Sequence[str], recipe: str, overrides: Sequence[str], command: str) -> Recipe:
-    """The recipe as the one kind of trainer, of `kinds`, that takes it.
+def recipe_kinds(kinds: Sequence[str], recipe: str, overrides: Sequence[str], command: str) -> list[Recipe]:
+    """The recipe as each kind of trainer, of `kinds`, that takes it.
 
-    Raises ConfigError where several would, and where none does the shortest list of what is wrong. `command` is named in errors.
+    Raises ConfigError where none does, with the shortest list of what is wrong. `command` is named in errors.
     """
     if recipe in CONFIGS and overrides:
         raise ConfigError(f"the recipe is all that is needed: {command} RECIPE ..., without {recipe}")
@@ -80,10 +80,7 @@ def detect_recipe(kinds: Sequence[str], recipe: str, overrides: Sequence[str], c
             refused.append(error)
     if not taken:
         raise min(refused, key=lambda error: len(error.problems) if isinstance(error, RecipeError) else math.inf)
-    if len(taken) > 1:
-        names = " or ".join(f"--kind {config.kind}" for config in taken)
-        raise ConfigError(f"{recipe} would do for several trainers; say which one is meant: {names}")
-    return taken[0]
+    return taken
 
 
 def split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from llmrl.cli.plan import samples, solve
-from llmrl.cli.recipe import detect_recipe
+from llmrl.cli.recipe import recipe_kinds
 from llmrl.config.dpo import DPOConfig
 from llmrl.config.grpo import GRPOConfig
 from llmrl.config.model import LoraSettings, ModelFields
@@ -99,7 +99,11 @@ def run(argv: Sequence[str]) -> int:
     from llmrl.train.gpus import find_gpu
 
     gpu = find_gpu(args.gpu)
-    config: Any = detect_recipe([args.kind] if args.kind else KINDS, args.recipe, rest, "llmrl plan")
+    taken = recipe_kinds([args.kind] if args.kind else KINDS, args.recipe, rest, "llmrl plan")
+    if len(taken) > 1:
+        names = " or ".join(f"--kind {config.kind}" for config in taken)
+        raise ConfigError(f"{args.recipe} would do for several trainers; say which one is meant: {names}")
+    config: Any = taken[0]
     if args.model:
         config = config.model_copy(update={"model_name_or_path": args.model})
     own = make_job(config, gpu, args)

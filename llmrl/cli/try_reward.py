@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmrl.cli.recipe import heading, read_recipe
-from llmrl.config.base import RecipeError
+from llmrl.cli.recipe import heading, recipe_kinds
 from llmrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +38,8 @@ def run(argv: Sequence[str]) -> int:
     row.add_argument("--row", type=int, default=1, help="which usable prompt of the recipe's data, from 1")
     row.add_argument("--id", help="the prompt's id")
     args, rest = parser.parse_known_args(list(argv))
-    config = _read_recipe(args.recipe, rest)
+    # The first kind that takes it: what rewards and data need means the same to all of them.
+    config: Any = recipe_kinds(KINDS, args.recipe, rest, "llmrl try-reward")[0]
     if not config.rewards:
         raise ConfigError("this recipe has no rewards, so there is nothing to try")
     texts = args.text or [_read(args.file)]
@@ -58,22 +58,6 @@ def run(argv: Sequence[str]) -> int:
     for item in bad:
         print(f"note: {item.function} can't use this row's reference answer: {item.reason}")
     return int(any(kind not in ("score", "not-applicable") for s in scored for kind in s.outcomes.values()))
-
-
-def _read_recipe(recipe: str, overrides: Sequence[str]) -> Any:
-    """The recipe as the first kind of trainer that takes it: what rewards and data need means the same to all of them.
-
-    Raises ConfigError; where no kind takes it, the shortest list of what is wrong.
-    """
-    if recipe in KINDS and overrides:
-        raise ConfigError(f"the recipe is all that is needed: llmrl try-reward RECIPE ..., without {recipe}")
-    refused: list[RecipeError] = []
-    for kind in KINDS:
-        try:
-            return read_recipe(kind, ["--config", recipe, *overrides])
-        except RecipeError as error:
-            refused.append(error)
-    raise min(refused, key=lambda error: len(error.problems))
 
 
 def _read(path: Path) -> str:
