@@ -6,13 +6,17 @@ completion. A *row verifier* scores one completion at a time, so that each row c
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import json
 import math
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from llmrl.errors import DataError
 
 SCORE, NOT_APPLICABLE, MALFORMED, TIMEOUT, ERROR = "score", "not-applicable", "malformed", "timeout", "error"
 OUTCOMES = (SCORE, NOT_APPLICABLE, MALFORMED, TIMEOUT, ERROR)
@@ -231,6 +235,18 @@ def to_outcomes(values: Any, rows: int) -> list[Outcome]:
     if values is None or len(values) != rows:
         return [Outcome(MALFORMED, None, problem)] * rows
     return [to_outcome(value) for value in values]
+
+
+def literal(value: Any) -> Any:
+    """What a text of JSON, or of a Python literal, stands for; anything else as it is. Raises DataError for a text that is neither."""
+    if not isinstance(value, str):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value)  # type: ignore[operator]
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    raise DataError(f"{value[:80]!r} is neither JSON nor a Python literal")
 
 
 def plain(value: Any) -> Any:

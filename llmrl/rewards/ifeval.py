@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmrl.errors import DataError
-from llmrl.rewards.base import Noted, row_verifier
+from llmrl.rewards.base import Noted, literal, row_verifier
 from llmrl.rewards.ifeval_checks import CHECKS, USE_LANGUAGES, names_of, problem_with
 from llmrl.rewards.ifeval_text import NEEDS_LANGDETECT, language_of
 
@@ -43,16 +42,7 @@ def _unpacked(ground_truth: Any) -> tuple[Any, Any]:
     """ids and kwargs of open-instruct's column."""
     found = ground_truth
     for _ in range(3):  # a text, a list of one, a text in it
-        if isinstance(found, str):
-            try:
-                found = json.loads(found)
-            except ValueError:
-                try:
-                    found = ast.literal_eval(found)
-                except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-                    raise DataError(
-                        f"ground_truth is text that is neither JSON nor a Python literal: {error}"
-                    ) from None
+        found = literal(found)
         if isinstance(found, list | tuple) and len(found) == 1:
             found = found[0]
     if not isinstance(found, Mapping) or "instruction_id" not in found:

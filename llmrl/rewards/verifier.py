@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import json
 from collections import Counter
@@ -10,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmrl.errors import ConfigError, DataError
-from llmrl.rewards.base import RowVerifier, parameters, row_verifier
+from llmrl.rewards.base import RowVerifier, literal, parameters, row_verifier
 from llmrl.rewards.code import ROW_SECONDS
 
 NAMES = (
@@ -86,26 +85,8 @@ def _has_own(name: str, columns: Mapping[str, Any]) -> bool:
     return any(columns.get(column) for column in wanted)
 
 
-def literal(value: Any) -> Any:
-    """What a text of JSON, or of a Python literal, stands for; anything else as it is. Raises DataError for a text that is neither."""
-    if not isinstance(value, str):
-        return value
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(value)  # type: ignore[operator]
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    raise DataError(f"{value[:80]!r} is neither JSON nor a Python literal")
-
-
 def _if_columns(answer: Any) -> dict[str, Any]:
-    found = literal(answer)
-    found = literal(found[0]) if isinstance(found, list) and found else found
-    if not isinstance(found, Mapping) or "instruction_id" not in found:
-        raise DataError(
-            f"the reference of an ifeval row must hold `instruction_id` and `kwargs`, given {str(answer)[:80]!r}"
-        )
-    return {"instruction_id_list": found["instruction_id"], "kwargs": found.get("kwargs")}
+    return {"ground_truth": answer}
 
 
 def _test_columns(answer: Any) -> dict[str, Any]:
