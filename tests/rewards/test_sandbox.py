@@ -153,7 +153,7 @@ def test_no_forgery_passes_and_nothing_of_it_stays(box, name):
     assert verdict(box, FORGERIES[name]).shares == [0.0]
     assert time.monotonic() - begun < 20
     assert children() == here
-    assert len(os.listdir("/proc/self/fd")) == handles
+    assert len(os.listdir("/proc/self/fd")) <= handles  # earlier tests may still close theirs
     assert _descendants(box) == 0
     assert verdict(box, RIGHT).shares == [1.0]  # the sandbox itself is unharmed
 
