@@ -280,8 +280,9 @@ class Run:
             temporary = self.directory / ".tmp_model"
             shutil.rmtree(temporary, ignore_errors=True)  # a kill may have left one
             self.save_model(temporary)
-            write_card(temporary, name=name, run=self.directory, step=self.step, source=self.config.model_name_or_path)
-            publish(temporary, self.directory / "model")
+            model = self.directory / "model"
+            publish(temporary, model)  # first: what is said of the model must not stand in its way
+            write_card(model, name=name, run=self.directory, step=self.step, source=self.config.model_name_or_path)
             if self._metrics:
                 plot_curves(self.directory)
 
