@@ -27,7 +27,6 @@ MAX_SAMPLES = 20_000
 _CHUNK = 100
 _PAGE = Path(__file__).with_name("page")
 _FAILURES = ("error", "timeout", "malformed")
-_CLOCK = ("step_time", "tokens_per_second", "num_tokens", "epoch")
 
 
 @dataclass
