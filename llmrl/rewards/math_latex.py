@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "Bmatrix", "vmatrix", "array", "smallmatrix"}
 _SYSTEMS = {"cases", "array", "aligned", "gathered"}
-_NUMBER_SETS = {"R": "R", "Z": "Z", "N": "N", "Q": "Q", "C": "C"}
 
 
 def command(p: _Parser, token: str) -> Node:
