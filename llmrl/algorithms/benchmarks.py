@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from llmrl.config.evaluation import EvalConfig
 from llmrl.data.sampler import permutation
 from llmrl.errors import ConfigError
 from llmrl.evaluation.manifest import package_version
+from llmrl.evaluation.result import EvalResult
 from llmrl.evaluation.run import Task, benchmark_task, check_lengths, manifest_of, open_scorers, read_prompts
 from llmrl.evaluation.runner import evaluate
 from llmrl.rollout.local import LocalEngine
@@ -34,7 +36,7 @@ class Benchmarks:
         self._stack = ExitStack()
         self.longest = 0  # tokens of the longest prompt with its completion
         read = [self._read(entry) for entry in getattr(self.config, "benchmarks", ())]
-        self.tasks, self._settings = [task for task, _ in read], [settings for _, settings in read]
+        self.tasks = [task for task, _ in read]
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ConfigError(
@@ -47,6 +49,7 @@ class Benchmarks:
         for task, settings in read:
             read_prompts(settings, task, trainer.tokenizer)
             self.longest = max(self.longest, check_lengths(settings, task, trainer.tokenizer, limit))
+            task.manifest = manifest_of(settings, task, trainer.tokenizer, self._described())
             for note in task.notes:
                 logger.warning("benchmark %s: %s", task.name, note)
 
@@ -62,7 +65,7 @@ class Benchmarks:
         trainer, metrics = self.trainer, dict[str, float]()
         rank, world = trainer.backend.rank, trainer.backend.world_size
         folder = Path(self.config.output_dir) / "evaluations" / f"step_{step:08d}"
-        for task, settings in zip(self.tasks, self._settings, strict=True):
+        for task in self.tasks:
             spec = task.spec
             assert task.scorer is not None and task.template is not None
             result = evaluate(
@@ -71,7 +74,10 @@ class Benchmarks:
                 task.scorer,
                 n=spec.n,
                 sampling=Sampling(
-                    spec.max_completion_length, temperature=spec.temperature, top_p=spec.top_p, seed=settings.seed
+                    spec.max_completion_length,
+                    temperature=spec.temperature,
+                    top_p=spec.top_p,
+                    seed=task.manifest["seed"],
                 ),
                 threshold=spec.threshold,
                 gather=trainer.backend.gather_json,
@@ -81,14 +87,21 @@ class Benchmarks:
                 breakdown=spec.breakdown,
                 also=spec.also,
                 cut=task.template.cut,
-                manifest=manifest_of(settings, task, trainer.tokenizer, self._described(step)),
+                manifest={
+                    **task.manifest,
+                    "model": {"name": f"{self.config.output_dir}, step {step}", "weights_sha256": None},
+                },
                 extra=task.extra,
             ).in_order([prompt.id for prompt in task.prompts])
-            if trainer.backend.is_main:
-                result.save(folder / f"{task.name}.json")
+            # A full disk on the first process must not leave the others waiting for it.
+            trainer.backend.together(partial(self._save, result, folder / f"{task.name}.json"))
             numbers = result.metrics() | {name: found["value"] for name, found in result.also.items()}
             metrics |= {f"eval_{task.name}/{key}": value for key, value in numbers.items()}
         return metrics
+
+    def _save(self, result: EvalResult, file: Path) -> None:
+        if self.trainer.backend.is_main:
+            result.save(file)
 
     def close(self) -> None:
         """Ends the workers of the scorers; may be called twice."""
@@ -122,15 +135,12 @@ class Benchmarks:
             task.rows = [task.rows[i] for i in chosen]
         return task, settings
 
-    def _described(self, step: int) -> dict[str, Any]:
-        """The manifest's model and engine. Hashing the weights at every evaluation would cost more than it tells: the step names them."""
+    def _described(self) -> dict[str, Any]:
+        """The manifest's engine. Its model is named at each evaluation by the step: hashing the weights then would cost more than it tells."""
         config, backend = self.config, self.trainer.backend
         kind = config.rollout.engine if hasattr(config, "rollout") else "local"
         dtype = f"{config.dtype}, {config.mixed_precision}, {backend.world_size} processes"
-        return {
-            "model": {"name": f"{config.output_dir}, step {step}", "weights_sha256": None},
-            "engine": {"kind": kind, "version": package_version("llmrl"), "dtype": dtype},
-        }
+        return {"model": None, "engine": {"kind": kind, "version": package_version("llmrl"), "dtype": dtype}}
 
     def _own_engine(self) -> RolloutEngine:
         trainer = self.trainer

@@ -11,7 +11,7 @@ import gzip
 import html
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from llmrl.errors import DataError
 from llmrl.evaluation.result import FORMAT
 from llmrl.train.files import write_atomically
 from llmrl.train.plot import PANELS
-from llmrl.train.records import read_metrics
+from llmrl.train.records import read_metrics, read_rows
 
 MAX_SAMPLES = 20_000
 _CHUNK = 100
@@ -158,7 +158,7 @@ def _run_samples(folder: Path, most: int) -> tuple[list[dict[str, Any]], int]:
     samples = []
     for i in sorted(chosen):
         step = int(files[i].stem.removeprefix("step_"))
-        samples += [_run_sample(row, step) for row in _jsonl(files[i])]
+        samples += [_run_sample(row, step) for row in read_rows(files[i])]
     return samples, sum(counts) - sum(counts[i] for i in chosen)
 
 
@@ -222,17 +222,6 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} can't be read: {error}") from error
-
-
-def _jsonl(path: Path) -> Iterable[dict[str, Any]]:
-    """The rows of a file of samples; a last line that a kill cut is left out."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                return
-            yield row
 
 
 def _is_number(value: Any) -> bool:

@@ -65,8 +65,8 @@ class Records:
         write_atomically(self.directory / "summary.json", json.dumps(summary, indent=1, default=str) + "\n")
 
 
-def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl, up to the first line that is not whole."""
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a record, up to the first line that is not whole: a kill may have cut it. None where there is no file."""
     if not file.exists():
         return
     with file.open(encoding="utf-8", errors="replace") as lines:
@@ -75,9 +75,17 @@ def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
             except ValueError:
                 return
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            if not isinstance(row, dict):
                 return
             yield row
+
+
+def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics.jsonl, up to the first one that is not whole or has no step."""
+    for row in read_rows(file):
+        if not isinstance(row.get("step"), int):
+            return
+        yield row
 
 
 def metric_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
