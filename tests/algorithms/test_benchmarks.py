@@ -8,10 +8,12 @@ import pytest
 
 from llmrl.algorithms.dpo import DPOTrainer
 from llmrl.algorithms.grpo import GRPOTrainer
+from llmrl.algorithms.ppo import PPOTrainer
 from llmrl.algorithms.reward_model import RewardTrainer
 from llmrl.algorithms.sft import SFTTrainer
 from llmrl.config.dpo import DPOConfig
 from llmrl.config.grpo import GRPOConfig
+from llmrl.config.ppo import PPOConfig
 from llmrl.config.reward_model import RewardConfig
 from llmrl.config.sft import SFTConfig
 from llmrl.errors import ConfigError
@@ -76,16 +78,19 @@ def test_a_model_that_learns_the_answers(tiny_model_dir, spec, tmp_path):
         assert again.benchmarks.evaluate(0)["eval_echo/accuracy"] == 1.0
 
 
-@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+@pytest.mark.parametrize("kind", ["dpo", "grpo", "ppo"])
 def test_every_trainer_that_has_a_policy(kind, tiny_model_dir, spec, tmp_path):
     out = tmp_path / "run"
     recipe = settings(tiny_model_dir, out, spec, max_steps=2, learning_rate=0.0)
     if kind == "dpo":
         DPOTrainer(DPOConfig(**recipe), train_dataset=PAIRS).train()
     else:
-        more = {"num_generations": 2, "max_completion_length": 4, "rewards": ["exact_match"]}
+        more = {"max_completion_length": 4, "rewards": ["exact_match"]}
         rows = [{"prompt": f"p{i}", "answer": "is 1"} for i in range(4)]
-        GRPOTrainer(GRPOConfig(**recipe, **more), train_dataset=rows).train()
+        if kind == "ppo":
+            PPOTrainer(PPOConfig(**recipe, **more), train_dataset=rows).train()
+        else:
+            GRPOTrainer(GRPOConfig(**recipe, **more, num_generations=2), train_dataset=rows).train()
     last = logged(out)[-1]
     assert {"eval_echo/accuracy", "eval_echo/accuracy_low", "eval_echo/completions/mean_length"} <= set(last)
     assert (out / "evaluations" / "step_00000002" / "echo.json").is_file()
