@@ -59,8 +59,7 @@ class ScriptedJudge:
         self.now = self.most = 0
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"judge": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def answer(self, body: dict[str, Any], headers: Any) -> Answer:
@@ -78,6 +77,12 @@ class ScriptedJudge:
         finally:
             with self.lock:
                 self.now -= 1
+
+
+class _Server(ThreadingHTTPServer):
+    # With the standard five, connections that come at once are turned away while both cores are busy, and the client's retry counts.
+    request_queue_size = 128
+    daemon_threads = True
 
 
 class _Handler(BaseHTTPRequestHandler):
