@@ -100,8 +100,9 @@ _NO_MEANING = {
     **_each("DeepSpeed is not available in this version: a run is one process or DDP", "deepspeed ds3_gather_for_generation"),
     **_each("leave it out: a non-finite gradient is skipped and counted (max_nonfinite_steps), a microbatch has a token limit "
             "(tokens_per_microbatch)", "auto_find_batch_size torch_empty_cache_steps"),
-    **_each("leave it out: the optimizer is AdamW (adam_beta1, adam_beta2, adam_epsilon, weight_decay)",
-            "optim optim_args optim_target_modules use_galore use_badam"),
+    "optim": "write optimizer: adamw or adamw_8bit",
+    **_each("leave it out: the optimizer is AdamW (adam_beta1, adam_beta2, adam_epsilon, weight_decay; optimizer: adamw_8bit saves memory)",
+            "optim_args optim_target_modules use_galore use_badam"),
     **_each("leave it out: uploading to the hub is not part of training: `llmrl export RUN DIRECTORY --push-to-hub REPO` does it afterwards",
             "push_to_hub hub_always_push hub_model_id hub_model_revision hub_private_repo hub_revision hub_strategy hub_token "
             "push_to_hub_revision trackio_bucket_id trackio_space_id trackio_static_space_id"),
@@ -116,9 +117,8 @@ _NO_MEANING = {
     **_each("leave it out: the attention kernel is chosen by device and type", "attn_implementation flash_attn"),
     **_each("leave it out: gradient_checkpointing alone is enough", "gradient_checkpointing_kwargs "
             "gradient_checkpointing_use_reentrant disable_gradient_checkpointing use_unsloth"),
-    **_each("not available in this version: write gradient_checkpointing: true to save memory", "activation_offloading"),
-    **_each("not available in this version: quantised weights", "load_in_8bit load_in_4bit bnb_4bit_quant_type bnb_4bit_quant_storage "
-            "use_bnb_nested_quant quantization_bit quantization_method quantization_config"),
+    **_each("write quantization: nf4 (4 bits, double quantisation) or int8, beside lora", "load_in_8bit load_in_4bit bnb_4bit_quant_type "
+            "bnb_4bit_quant_storage use_bnb_nested_quant quantization_bit quantization_method quantization_config"),
     **_each("not available in this version", "neftune_noise_alpha label_smoothing_factor router_aux_loss_coef dataset_streaming streaming "
             "freeze_trainable_layers lora_task_type create_new_adapter eval_delay eval_on_start lora_target_parameters use_fast_tokenizer"),
     **_each("leave it out: training never uses a key-value cache", "use_cache"),

@@ -93,7 +93,8 @@ _SAMPLED = {
             "local_rollout_forward_batch_size micro_rollout_batch_size rollout_max_tokens_per_gpu rollout_tasks_per_gpu"),
     **each("leave it out: every process trains and samples", "colocate_all_models colocate_actor_ref "
             "colocate_critic_reward actor_num_nodes actor_num_gpus_per_node ref_num_nodes ref_num_gpus_per_node critic_num_nodes "
-            "critic_num_gpus_per_node reward_num_nodes reward_num_gpus_per_node ref_reward_offload"),
+            "critic_num_gpus_per_node reward_num_nodes reward_num_gpus_per_node"),
+    "ref_reward_offload": "write offload_reference: true",
     **each("not available in this version: sampling takes temperature, top_p, top_k and min_p", "generation_kwargs repetition_penalty"),
     "cast_lm_head_to_fp32": "leave it out: the log-softmax is always in float32",
     "disable_dropout": "leave it out: dropout is off",
@@ -162,7 +163,8 @@ DPO = {
     "reference_free": "leave it out: simpo, orpo and nll look at no reference",
     **each("write ref_model_name_or_path", "ref_model ref_pretrain"),
     **each("leave it out: ref_model_name_or_path is a model or an adapter's directory; without it the reference is the initial policy",
-            "ref_model_init_kwargs ref_model_adapters model_adapter_name ref_adapter_name force_use_ref_model ref_offload"),
+            "ref_model_init_kwargs ref_model_adapters model_adapter_name ref_adapter_name force_use_ref_model"),
+    "ref_offload": "write offload_reference: true",
     "ref_model_quantization_bit": "not available in this version: quantised weights",
     "use_weighting": "not available in this version: WPO's weights need the whole distribution at every token",
     "discopop_tau": "leave it out: discopop has the paper's 0.05",

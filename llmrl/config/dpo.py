@@ -10,6 +10,7 @@ from llmrl.config.base import Recipe, as_list
 from llmrl.config.benchmark import BenchmarkFields
 from llmrl.config.data import DataFields
 from llmrl.config.model import ModelFields
+from llmrl.config.reference import ReferenceFields, adapter_is_reference
 from llmrl.config.reward import RewardFields
 from llmrl.config.rollout import RolloutFields, SamplingFields
 from llmrl.config.train import TrainFields
@@ -22,7 +23,15 @@ _SCORE_DIFFERENCE = frozenset({"sigmoid", "hinge", "ipo", "robust", "exo", "disc
 
 
 class DPOConfig(
-    Recipe, ModelFields, DataFields, RewardFields, RolloutFields, SamplingFields, BenchmarkFields, TrainFields
+    Recipe,
+    ModelFields,
+    DataFields,
+    ReferenceFields,
+    RewardFields,
+    RolloutFields,
+    SamplingFields,
+    BenchmarkFields,
+    TrainFields,
 ):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) and its relatives; online where `rewards` are given."""
 
@@ -122,7 +131,15 @@ class DPOConfig(
             and self.reference_logprobs == "precompute"
         ):
             raise ValueError("sync_ref_model changes the reference while training: use reference_logprobs: on_the_fly")
+        self.check_offload(self._no_reference_in_memory())
         return self
+
+    def _no_reference_in_memory(self) -> str:
+        if self.reference_free:
+            return f"{', '.join(self.loss_type)} has no reference"
+        if self.reference_logprobs == "precompute" and not (self.sync_ref_model or self.rewards):
+            return "reference_logprobs: precompute keeps no reference while training"
+        return "" if self.ref_model_name_or_path else adapter_is_reference(self.lora)
 
     @model_validator(mode="after")
     def _check_online(self) -> Self:

@@ -12,6 +12,7 @@ from llmrl.config.data import DataFields
 from llmrl.config.importance import ImportanceFields
 from llmrl.config.model import ModelFields
 from llmrl.config.presets import GRPO_PRESETS
+from llmrl.config.reference import ReferenceFields, adapter_is_reference
 from llmrl.config.reward import RewardFields
 from llmrl.config.rollout import RolloutFields, SamplingFields
 from llmrl.config.train import TrainFields
@@ -23,6 +24,7 @@ class GRPOConfig(
     Recipe,
     ModelFields,
     DataFields,
+    ReferenceFields,
     RewardFields,
     RolloutFields,
     ImportanceFields,
@@ -125,4 +127,5 @@ class GRPOConfig(
             )
         if self.kl_place == "reward" and self.use_bias_correction_kl:
             raise ValueError("use_bias_correction_kl is for a KL in the loss; kl_place is reward")
+        self.check_offload("beta is 0 and loads no reference" if self.beta == 0 else adapter_is_reference(self.lora))
         return self

@@ -38,4 +38,10 @@ class ModelFields(Strict):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward: less memory, about a third more time"
     )
+    activation_offloading: bool = Field(
+        False, description="keep what the backward needs in host memory: less of a GPU's, and copies to and fro"
+    )
     lora: LoraSettings | None = Field(None, description="low-rank adapters instead of full training: `lora: {r: 16}`")
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None, description="frozen weights in 4 or 8 bits under an adapter (QLoRA); needs lora and bitsandbytes"
+    )

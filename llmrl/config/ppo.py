@@ -12,6 +12,7 @@ from llmrl.config.data import DataFields
 from llmrl.config.importance import ImportanceFields
 from llmrl.config.model import ModelFields
 from llmrl.config.presets import PPO_PRESETS
+from llmrl.config.reference import ReferenceFields, adapter_is_reference
 from llmrl.config.reward import RewardFields
 from llmrl.config.rollout import RolloutFields, SamplingFields
 from llmrl.config.train import TrainFields
@@ -23,6 +24,7 @@ class PPOConfig(
     Recipe,
     ModelFields,
     DataFields,
+    ReferenceFields,
     RewardFields,
     RolloutFields,
     ImportanceFields,
@@ -155,4 +157,6 @@ class PPOConfig(
             raise ValueError(f"kl_controller {self.kl_controller} needs a kl_target, in nats a token, such as 0.05")
         if self.kl_controller == "adaptive" and self.beta == 0:
             raise ValueError("an adaptive beta is halved and doubled: from 0 it never moves; give a beta above 0")
+        none = "the KL is not to the initial model, or its weight is 0"
+        self.check_offload(adapter_is_reference(self.lora) if self.needs_reference else none)
         return self

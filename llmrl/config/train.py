@@ -23,6 +23,9 @@ class TrainFields(Strict):
     max_steps: int | None = Field(None, ge=1, description="steps; default: num_train_epochs passes over the data")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
 
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit keeps its moments in 8 bits, by bitsandbytes; not where parameters are sharded"
+    )
     learning_rate: float = Field(1e-5, ge=0, description="AdamW's peak rate")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up")
     warmup_steps: int | None = Field(None, ge=0, description="updates of linear warm-up; default: from warmup_ratio")
