@@ -36,6 +36,10 @@ class DivergenceError(LLMRLError):
     """Training left the finite numbers, or sampler and trainer disagree beyond the bound."""
 
 
+class LostProcessError(LLMRLError):
+    """Another process of the run died, failed or hangs; the message says where each one stands."""
+
+
 def together(action: Callable[[], R], gather: Callable[[Any], list[Any]]) -> R:
     """`action()`; when it fails on one process, all of them raise, so that none waits for the others until the time limit.
 

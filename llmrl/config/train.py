@@ -54,6 +54,11 @@ class TrainFields(Strict):
     report_to: Trackers = Field([], description="trackers beside the run directory's own files")
     run_name: str | None = Field(None, description="name in trackers; default: the run directory's")
     num_samples_logged: int = Field(4, ge=0, description="rows of the sample table on the screen")
+    collective_timeout: float = Field(
+        3600.0,
+        gt=0,
+        description="seconds that a process waits for one that is alive but does not come; one that died is noticed at once",
+    )
     num_processes: int | None = Field(
         None, ge=1, description="processes this run must have; it refuses to start with another number"
     )

@@ -17,7 +17,7 @@ HARMLESS = frozenset(
         "report_to", "run_name", "num_samples_logged", "num_processes", "max_nonfinite_steps", "max_logprob_gap",
         "tokens_per_microbatch", "gradient_checkpointing", "reward_workers", "on_error",
         "reference_cache", "reference_logprobs",
-        "metric_for_best_model", "greater_is_better", "benchmark_dir",
+        "metric_for_best_model", "greater_is_better", "benchmark_dir", "collective_timeout",
     }
 )  # fmt: skip
 _HARMLESS_PREFIXES = ("eval_", "rollout.", "benchmarks")
