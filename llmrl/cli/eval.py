@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llmrl.cli import how_many
+from llmrl.cli import how_many, launch
 from llmrl.cli.recipe import print_keys, split_config, wants_help
 from llmrl.config.evaluation import EvalConfig
 from llmrl.config.load import load_recipe
@@ -63,6 +64,11 @@ def run(argv: Sequence[str]) -> int:
         print(f"Benchmarks that come with llmrl: {', '.join(shipped())}\n")
         print_keys("eval")
         return 0
+    if launch.asked_for(argv) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "llmrl eval runs in one process: start it without a launcher. On several GPUs, let it sample from generation servers: "
+            "llmrl serve, then rollout.engine=vllm_server 'rollout.urls=[...]'"
+        )
     path, rest = split_config(argv)
     config = load_recipe("eval", path, _as_overrides(rest))
     console = Console()

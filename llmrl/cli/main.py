@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from llmrl import __version__
+from llmrl.cli.ranks import explain, follow_launcher
 from llmrl.errors import ConfigError, LLMRLError
 
 # command -> (module with run(argv) -> exit code, what it does); modules are imported when they are run
@@ -41,6 +42,9 @@ COMMANDS = {
     "quickstart": ("llmrl.cli.quickstart", "model, SFT, GRPO and evaluation in one go, without a network"),
 }
 
+TOGETHER = ("sft", "reward", "dpo", "ppo", "grpo", "doctor")
+"""The commands that several processes run together: they take `--accelerate`."""
+
 
 def usage() -> str:
     """The text of `llmrl --help`."""
@@ -50,8 +54,8 @@ def usage() -> str:
 {commands}
 
   llmrl grpo --config recipes/x.yaml learning_rate=2e-6 rewards.0.weight=0.5
-  accelerate launch --multi_gpu --num_processes 2 -m llmrl.cli grpo --config recipes/x.yaml
-  torchrun --nproc_per_node 2 -m llmrl.cli grpo --config recipes/x.yaml
+  llmrl grpo --accelerate fsdp2 --num_processes 8 --config recipes/x.yaml    several processes, as a launch file of accelerate says
+  torchrun --nproc_per_node 8 -m llmrl.cli grpo --config recipes/x.yaml     the same from another launcher (data-parallel)
 
 `llmrl COMMAND --help` says more; for a trainer (`llmrl grpo --help`) it lists every key of a recipe.
 `llmrl --version` prints the version."""
@@ -60,21 +64,18 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (default: the process's) and returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    follow_launcher(os.environ)
     try:
         return _run(args)
     except LLMRLError as error:
-        rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"llmrl: error{rank}: {error}", file=sys.stderr)
+        explain(str(error), os.environ)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"llmrl: error: nothing more can be written: {error.strerror}{where}. What was written is kept: make room, and run the same "
-            "command again",
-            file=sys.stderr,
-        )
+        text = f"nothing more can be written: {error.strerror}{where}. What was written is kept: make room, and run the same command again"
+        explain(text, os.environ)
         return 2
     except KeyboardInterrupt:
         print("llmrl: interrupted", file=sys.stderr)
@@ -93,4 +94,9 @@ def _run(args: list[str]) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
         raise ConfigError(f"no command {command!r}; {hint}")
+    if command in TOGETHER:
+        from llmrl.cli import launch
+
+        if launch.asked_for(rest):
+            return launch.run(command, rest)
     return int(importlib.import_module(COMMANDS[command][0]).run(rest))
