@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"Benchmarks that come with llmrl: {', '.join(shipped())}\n")
         print_keys("eval")
         return 0
-    if launch.asked_for(argv) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launch.asked_for(argv) or ("LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"):
         raise ConfigError(
             "llmrl eval runs in one process: start it without a launcher. On several GPUs, let it sample from generation servers: "
             "llmrl serve, then rollout.engine=vllm_server 'rollout.urls=[...]'"

@@ -119,7 +119,10 @@ def find_file(name: str) -> Path:
 
 def refuse_nested(env: Mapping[str, str]) -> None:
     """Raises ConfigError inside a process that a launcher has started: each would start a whole run."""
-    for name in ("RANK", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+    for name in (
+        "LOCAL_RANK",
+        "ACCELERATE_MIXED_PRECISION",
+    ):  # RANK alone may be a machine's, on clusters that number them
         if name in env:
             raise ConfigError(
                 f"--accelerate starts processes, but this one was started by a launcher already ({name}={env[name]} is set). Start "
@@ -132,9 +135,8 @@ def make_plan(flags: Mapping[str, str], arguments: Sequence[str]) -> Plan:
     path = find_file(flags["accelerate"])
     kind, wanted = _read(path)
     machines = int(flags.get("num_machines") or wanted.get("num_machines") or 1)
-    gpus = _gpus(wanted.get("gpu_ids"))
-    total = _count(flags, wanted, kind, machines, gpus)
     rank = _machine_rank(flags, wanted, machines)
+    total = _count(flags, wanted, kind, machines)
     address = flags.get("main_process_ip") or wanted.get("main_process_ip") or "127.0.0.1"
     # Port 0: one that is free. Machines have to agree on one beforehand.
     port = flags.get("main_process_port") or wanted.get("main_process_port") or (_PORT if machines > 1 else 0)
@@ -180,8 +182,9 @@ def _gpus(ids: object) -> int:
     return torch.cuda.device_count() if ids in (None, "all") else len(str(ids).split(","))
 
 
-def _count(flags: Mapping[str, str], wanted: Mapping[str, Any], kind: str, machines: int, gpus: int) -> int:
+def _count(flags: Mapping[str, str], wanted: Mapping[str, Any], kind: str, machines: int) -> int:
     """Processes over all machines: the flag's, the file's, or one a GPU. Raises ConfigError where they can't be."""
+    gpus = _gpus(wanted.get("gpu_ids"))
     given = int(flags.get("num_processes") or wanted.get("num_processes") or 0)
     total = given or (1 if kind == "NO" else machines * (gpus or _CPU_PROCESSES))
     if kind == "NO" and total > 1:

@@ -122,7 +122,7 @@ def explain(text: str, env: Mapping[str, str]) -> None:
             return
         except OSError:  # a full disk may be what went wrong
             pass
-    rank = f" (process {env['RANK']})" if int(env.get("WORLD_SIZE", "1")) > 1 else ""
+    rank = f" (process {env['RANK']})" if "RANK" in env and int(env.get("WORLD_SIZE", "1")) > 1 else ""
     print(f"llmrl: error{rank}: {text}", file=sys.stderr)
 
 
