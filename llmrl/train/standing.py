@@ -213,7 +213,10 @@ class Standing:
                 self._end_if_stuck()
 
     def _publish(self, beat: int) -> None:
-        entry = {"pid": os.getpid(), "machine": _machine(), "beat": beat, "places": self.places(), "ended": self._ended}
+        entry = {
+            "pid": os.getpid(), "machine": _machine(), "beat": beat, "places": self.places(), "code": _code_of_main_thread(),
+            "ended": self._ended,
+        }  # fmt: skip
         self._store.set(str(self.rank), json.dumps(entry))
         if self._ended and self.trouble is None:
             self.trouble = Trouble(self.rank, f"failed with {self._ended}")
@@ -279,13 +282,15 @@ class Standing:
                     return
 
     def _suspect(self) -> None:
-        """Nobody is known to be gone: those are late that stand where they do not wait for others."""
+        """Nobody is known to be gone: late is who stands where it does not wait for others, or whose code does not while this one's does."""
+        here = _code_of_main_thread()
         ended = [rank for rank, peer in self._peers.items() if peer.entry.get("ended") is not None]
         silent = [rank for rank, peer in self._peers.items() if self._silent(peer) > 3 * self._tick]
         late = [rank for rank, peer in self._peers.items() if not any(waits for *_, waits in _places(peer.entry))]
-        for rank in [*ended, *silent, *late][:1]:
+        busy = [rank for rank, peer in self._peers.items() if not _in_transport(peer.entry.get("code", ""), here)]
+        for rank in [*ended, *silent, *late, *busy][:1]:
             what = "ended its run" if ended else "gives no sign of life" if silent else "did not come in time"
-            self.trouble = Trouble(rank, f"{what}; it stands at: {_described(_places(self._peers[rank].entry))}")
+            self.trouble = Trouble(rank, f"{what}; it stands at: {_described_entry(self._peers[rank].entry)}")
 
     def _silent(self, peer: _Peer) -> float:
         return time.monotonic() - peer.news
@@ -300,7 +305,7 @@ class Standing:
         if trouble is not None and trouble.rank is not None:
             who = f"rank {trouble.rank} {who}"
         lines = [f"{who}, so rank {self.rank} of {self.world_size} can't go on ({cause}). Where each one stands:"]
-        lines.append(f"  rank {self.rank} (this one): {_described(self.places())}")
+        lines.append(f"  rank {self.rank} (this one): {_described(self.places())}, in {_code_of_main_thread()}")
         lines += [f"  rank {rank}: {self._description(rank, peer)}" for rank, peer in self._peers.items()]
         lines.append(f"{_advice(self.saved_step)} The log of the lost process may say more")
         return LostProcessError("\n".join(lines))
@@ -318,7 +323,7 @@ class Standing:
             state = f"no sign of life for {silent:.0f} s, last at"
         else:
             state = "alive, at"
-        return f"{state}: {_described(_places(entry))}"
+        return f"{state}: {_described_entry(entry)}"
 
 
 _watching: Standing | None = None
@@ -343,6 +348,23 @@ def _places(entry: dict[str, Any]) -> Sequence[Any]:
 
 def _described(places: Sequence[Any]) -> str:
     return "; ".join(f"{place} (for {seconds:.0f} s)" for place, seconds, _ in places)
+
+
+def _described_entry(entry: dict[str, Any]) -> str:
+    return f"{_described(_places(entry))}, in {entry.get('code', 'unknown code')}"
+
+
+def _code_of_main_thread() -> str:
+    """The Python code that the main thread runs, or whose call into C has not come back: `torch.autograd.graph, line 870`."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and frame.f_globals.get("__name__") in (__name__, "threading", "contextlib"):
+        frame = frame.f_back
+    return f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}, line {frame.f_lineno}" if frame else "no code"
+
+
+def _in_transport(code: str, here: str) -> bool:
+    """Whether code is where processes wait for each other: in torch (a collective, a backward), or where this one waits."""
+    return code.startswith("torch.") or code == here
 
 
 def _advice(saved_step: int | None) -> str:
