@@ -1,7 +1,7 @@
 """Where each process stands, so that when one dies or hangs the others say which one, where it was, and end.
 
 Every process notes its place ("step 7, update 13, microbatch 3/8") in memory, which costs nothing. One thread a process publishes it
-through the process group's store every half second, and reads the others'. Nothing but that thread talks to the store: a store whose
+through the process group's store a few times a second, and reads the others'. Nothing but that thread talks to the store: a store whose
 host hangs never answers, and the training thread must not wait for it.
 """
 
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ import torch.distributed as dist
 
 from llmrl.errors import LostProcessError
 
-TICK = 0.5
+TICK = 0.25
 """Seconds between two looks at the others; longer with more than 64 processes, so that the store's load stays the same."""
 GRACE = 10.0
 """Seconds that a process has to end by itself, with its records written, before its watching thread ends it."""
 SILENCE = 300.0
 """Seconds without a sign of life after which a process of another machine counts as lost."""
+STORE_TIMEOUT = 30.0
+"""Seconds that the store has for an answer; it is held by rank 0, or by the launcher."""
 _TRANSPORT = re.compile(r"gloo/|NCCL|nccl|monitoredBarrier|Connection (closed|reset) by peer")
 _TROUBLE = "trouble"
 
@@ -82,6 +85,9 @@ class Standing:
         self._peers = {r: _Peer() for r in range(world_size) if r != rank}
         self._thread: threading.Thread | None = None
         self._lost_at: float | None = None
+        self._store: Any = None
+        self._deaf = False  # the store did not answer: nothing is asked any more
+        self._heard = time.monotonic()  # when it last did
 
     def at(self, place: str) -> None:
         """Notes where this thread stands, in place of where it stood. Raises LostProcessError when another process is known to be lost."""
@@ -133,7 +139,7 @@ class Standing:
         self._wait_for_news()
         if self.trouble is None:
             self._suspect()
-        return self._lost(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        return self._lost(re.sub(r"^\[\S+\] |\. This is typically.*", "", str(error).strip().splitlines()[0]))
 
     def watch(self, store: Any) -> None:
         """Begins to publish this process's place in `store`, and to look at the others' (all processes must do it)."""
@@ -143,6 +149,7 @@ class Standing:
         _watching = self
         # A store of its own: what waits in one blocks whoever else uses the same object.
         self._store = dist.PrefixStore(f"standing/{_next_number()}", store.clone())
+        self._store.set_timeout(timedelta(seconds=min(STORE_TIMEOUT, self.timeout)))
         self._thread = threading.Thread(target=self._watch, name="standing", daemon=True)
         self._thread.start()
         atexit.register(self.end, None)
@@ -154,8 +161,8 @@ class Standing:
         if thread is None:
             return
         if isinstance(error, Exception | KeyboardInterrupt):
-            text = str(error).strip().splitlines()
-            self._ended = f"{type(error).__name__}: {text[0] if text else ''}"
+            text = str(error).strip().partition("\n")[0].partition(", so rank ")[0]
+            self._ended = f"{type(error).__name__}: {text}"
         else:
             self._ended = ""
         self._wake.set()
@@ -198,11 +205,16 @@ class Standing:
             beat += 1
             ended = self._ended
             try:
-                self._publish(beat)
-                self._look()
-            except RuntimeError:
-                if self._ended is None and self.trouble is None:
-                    self.trouble = self._store_is_gone()
+                if not self._deaf:
+                    self._publish(beat)
+                    self._look()
+                    self._heard = time.monotonic()
+            except RuntimeError as error:
+                self._deaf = True  # what it would answer later might be taken for the answer to something else
+                if self._ended is None and self.trouble is None and "time" not in str(error):
+                    self.trouble = self._gone() or Trouble(
+                        self._store_rank, "is gone, and with it the processes' store"
+                    )
             with self._looked:
                 self._looks += 1
                 self._looked.notify_all()
@@ -242,29 +254,25 @@ class Standing:
                 continue
             if entry["machine"] == _machine() and not _alive(entry["pid"]):
                 return Trouble(rank, f"died (process {entry['pid']} is gone)")
-            if time.monotonic() - peer.news > SILENCE:
+            if self._silent(peer) > SILENCE:
                 return Trouble(rank, f"gave no sign of life for {SILENCE:.0f} s")
         return None
 
-    def _store_is_gone(self) -> Trouble:
-        gone = self._gone()
-        return gone or Trouble(None, "the process group's store is gone, which rank 0 or the launcher held")
+    @property
+    def _store_rank(self) -> int | None:
+        """Who holds the store: None for the launcher (torchrun, accelerate launch)."""
+        return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
 
     def _end_if_stuck(self) -> None:
         """Ends this process when it does not do so by itself: its collective may hang for ever, or its sampling for long."""
-        now = time.monotonic()
         waited = max((seconds for _, seconds, waits in self.places() if waits), default=0.0)
-        if self.trouble is None and waited > self.timeout:
-            if waited < self.timeout + GRACE:
-                return  # the transport may say so itself
-            self._suspect()
+        overdue = waited > self.timeout + GRACE  # before, the transport may say so itself
         if self.trouble is None:
-            return
-        if self._lost_at is None:
-            self._lost_at = now
-        if now - self._lost_at < GRACE and waited < self.timeout + GRACE:
-            return
-        if self._patient and waited < self.timeout + GRACE:
+            if not overdue:
+                return
+            self._suspect()
+        self._lost_at = self._lost_at or time.monotonic()
+        if not overdue and (self._patient or time.monotonic() - self._lost_at < GRACE):
             return
         sys.stderr.write(f"llmrl: error (process {self.rank}): {self._lost('ended by its watching thread')}\n")
         sys.stderr.flush()
@@ -284,16 +292,22 @@ class Standing:
     def _suspect(self) -> None:
         """Nobody is known to be gone: late is who stands where it does not wait for others, or whose code does not while this one's does."""
         here = _code_of_main_thread()
+        if time.monotonic() - self._heard > 3 * self._tick:
+            self.trouble = Trouble(
+                self._store_rank, "gives no sign of life: the processes' store, which it holds, does not answer"
+            )
+            return
         ended = [rank for rank, peer in self._peers.items() if peer.entry.get("ended") is not None]
         silent = [rank for rank, peer in self._peers.items() if self._silent(peer) > 3 * self._tick]
         late = [rank for rank, peer in self._peers.items() if not any(waits for *_, waits in _places(peer.entry))]
         busy = [rank for rank, peer in self._peers.items() if not _in_transport(peer.entry.get("code", ""), here)]
         for rank in [*ended, *silent, *late, *busy][:1]:
             what = "ended its run" if ended else "gives no sign of life" if silent else "did not come in time"
-            self.trouble = Trouble(rank, f"{what}; it stands at: {_described_entry(self._peers[rank].entry)}")
+            self.trouble = Trouble(rank, what)
 
     def _silent(self, peer: _Peer) -> float:
-        return time.monotonic() - peer.news
+        """Seconds without news from a process, while the store did answer."""
+        return self._heard - peer.news
 
     def _raise_if_lost(self) -> None:
         if self.trouble is not None and self.trouble.rank != self.rank:
@@ -301,9 +315,12 @@ class Standing:
 
     def _lost(self, cause: str) -> LostProcessError:
         trouble = self.trouble
-        who = "another process died or hangs" if trouble is None else trouble.what
-        if trouble is not None and trouble.rank is not None:
-            who = f"rank {trouble.rank} {who}"
+        if trouble is None:
+            who = "another process died or hangs"
+        elif trouble.rank == self.rank:
+            who = f"this process, rank {self.rank}, {trouble.what}"
+        else:
+            who = f"{'the launcher' if trouble.rank is None else f'rank {trouble.rank}'} {trouble.what}"
         lines = [f"{who}, so rank {self.rank} of {self.world_size} can't go on ({cause}). Where each one stands:"]
         lines.append(f"  rank {self.rank} (this one): {_described(self.places())}, in {_code_of_main_thread()}")
         lines += [f"  rank {rank}: {self._description(rank, peer)}" for rank, peer in self._peers.items()]
@@ -314,15 +331,15 @@ class Standing:
         entry = peer.entry
         if not entry:
             return "never said where it stands"
-        silent = self._silent(peer)
+        silent, ago = self._silent(peer), time.monotonic() - peer.news
         if entry["ended"] is not None:
-            return f"ended {silent:.0f} s ago{': ' * bool(entry['ended'])}{entry['ended']}"
+            return f"ended {ago:.0f} s ago{': ' * bool(entry['ended'])}{entry['ended']}"
         if entry["machine"] == _machine() and not _alive(entry["pid"]):
-            state = "dead, last at"
+            state = "gone, last at"
         elif silent > 3 * self._tick:
             state = f"no sign of life for {silent:.0f} s, last at"
         else:
-            state = "alive, at"
+            state = "alive, at" if ago < 3 * self._tick else f"heard of {ago:.0f} s ago, at"
         return f"{state}: {_described_entry(entry)}"
 
 
