@@ -209,8 +209,8 @@ class PolicyWeights(Protocol):
         """The same without what the adapter adds."""
         ...
 
-    def save_adapter(self, directory: Path) -> None:
-        """Writes the adapter alone, in peft's layout; called on the first process."""
+    def adapter(self) -> Callable[[Path], None]:
+        """What writes the adapter as it is now, alone and in peft's layout, into a directory. All processes call this, one writes."""
         ...
 
 

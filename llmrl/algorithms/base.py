@@ -16,7 +16,15 @@ from llmrl.data.packing import cut, empty_example, pack, shard
 from llmrl.errors import ConfigError
 from llmrl.experience.batch import scatter, with_payload
 from llmrl.models.forward import PolicyModule, TokenScores
-from llmrl.models.load import load_frozen, load_policy, load_reference, load_weights, save_model, stop_token_ids
+from llmrl.models.load import (
+    is_adapted,
+    load_frozen,
+    load_policy,
+    load_reference,
+    read_weights,
+    save_model,
+    stop_token_ids,
+)
 from llmrl.train.backend import Backend
 from llmrl.train.run import Run
 from llmrl.types import Example, PackedBatch
@@ -47,7 +55,7 @@ class Trainer:
 
     def load(self) -> tuple[Any, Any]:
         """(model, tokenizer) that the recipe names."""
-        return load_policy(self.config, device=self.backend.device)
+        return load_policy(self.config, device=self.backend.load_device)
 
     def wrap(self, model: Any) -> nn.Module:
         """The module that every forward goes through."""
@@ -75,8 +83,8 @@ class Trainer:
             total_steps=total_steps,
             stateful=stateful,
             modules=modules,
-            save_model=self.save_model,
-            load_model=lambda path: load_weights(self.model, path),
+            gather_model=self.gather_model,
+            load_model=lambda path: self.backend.fill(self.model, read_weights(self.model, path)),
             callbacks=self.callbacks,
             trainer=self,
         )
@@ -111,9 +119,20 @@ class Trainer:
         eval_examples, self.eval_report = build(held_out, max_length=limit)
         return examples, eval_examples
 
+    def gather_model(self) -> Callable[[Path], None]:
+        """What writes the model (the adapter alone, for LoRA) and the tokenizer into a directory, in the Hugging Face layout.
+
+        All processes call this, which gathers a sharded model on the first; that one writes.
+        """
+        tensors = None
+        if self.backend.strategy.shards_parameters:
+            tensors = self.backend.whole_tensors(self.model, trained_only=is_adapted(self.model))
+        return lambda path: save_model(self.model, self.tokenizer, path, tensors)
+
     def save_model(self, path: str | Path) -> None:
-        """Writes the model (the adapter alone, for LoRA) and the tokenizer in the Hugging Face layout."""
-        save_model(self.model, self.tokenizer, path)
+        """Writes the model now; all processes call it, the first one writes."""
+        write = self.gather_model()
+        self.backend.together(lambda: write(Path(path)) if self.backend.is_main else None)
 
     def microbatches(self, examples: Sequence[Example]) -> list[list[Example]]:
         """This process's examples, cut by the token budget."""
@@ -148,15 +167,28 @@ class Reference:
     With `ref_model_name_or_path` in the recipe it is that model, which must know the tokens of `tokenizer`.
     """
 
-    def __init__(self, model: Any, device: Any, config: Any, tokenizer: Any = None) -> None:
+    def __init__(self, model: Any, backend: Backend, config: Any, tokenizer: Any = None) -> None:
         name = getattr(config, "ref_model_name_or_path", None)
         copy = load_reference(config, model) if name is None else load_frozen(config, name, tokenizer)
-        self.module = None if copy is None else PolicyModule(copy).to(device)
+        offload = config.offload_reference
+        self.module = None if copy is None else backend.strategy.prepare_frozen(PolicyModule(copy), offload)
+        # A sharded one comes and goes layer by layer; a whole one as a whole, around each pass (`with reference:`).
+        self._away = self.module if offload and not backend.strategy.shards_parameters else None
+        self._device = backend.device
         if copy is None and config.lora is None:
             logger.warning(
                 "the reference is the model without its adapter, also without what the adapter had learnt before this run; to stay near "
                 "the adapted model, merge it first (llmrl merge) and train a new adapter (lora: {r: 16}) on the result"
             )
+
+    def __enter__(self) -> Reference:
+        if self._away is not None:
+            self._away.to(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._away is not None:
+            self._away.to("cpu")
 
     def __call__(self, module: Any, batch: PackedBatch, *, temperature: float = 1.0) -> TokenScores:
         """Scores the tokens in the loss without a gradient; `module` is the wrapped policy."""

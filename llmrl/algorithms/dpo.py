@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -191,7 +191,8 @@ class DPOTrainer(Trainer):
             return self._sums(packed, forward(module, packed).logprobs).tolist()
 
         batches = self.microbatches(mine)
-        found = self.backend.score(batches, sums, empty_pair)
+        with self._brought(forward):
+            found = self.backend.score(batches, sums, empty_pair)
         by_id = {id(e): value for batch, values in zip(batches, found) for e, value in zip(batch, values)}
         return [by_id[id(e)] for e in mine]
 
@@ -272,16 +273,26 @@ class DPOTrainer(Trainer):
 
     # the reference
 
+    @staticmethod
+    def _brought(forward: Any) -> AbstractContextManager[Any]:
+        """Brings a reference that lives in host memory to the device; nothing for other ways to score."""
+        return forward if hasattr(forward, "__enter__") else nullcontext()
+
     def _find_reference(self, *, copy: bool) -> Forward:
         """What scores tokens as the reference. Without `copy` it may be the policy itself, good until its first step."""
         config = self.config
         if not copy and config.ref_model_name_or_path is None and not is_adapted(self.model):
             return lambda module, batch: module(batch)
-        reference = Reference(self.model, self.backend.device, config, self.tokenizer)
+        reference = Reference(self.model, self.backend, config, self.tokenizer)
         if config.sync_ref_model:
             require(
                 reference.module is not None and _shapes(reference.module) == _shapes(self.module),
                 "sync_ref_model mixes the weights of policy and reference: they must have the same shapes and no adapter",
+            )
+            require(
+                self.backend.strategy.name != "zero3",
+                "sync_ref_model mixes the weights of policy and reference, which under ZeRO-3 lie on the processes in different ways: "
+                "launch with fsdp2",
             )
         return reference
 
@@ -300,7 +311,7 @@ class DPOTrainer(Trainer):
         """
         config = self.config
         folder = Path(config.reference_cache or Path(config.output_dir, "reference"))
-        weights = self._reference_hash() if self.backend.is_main else ""
+        weights = self._reference_hash()
         self.examples = self._scored(self.examples, "training", folder, weights)
         if self.eval_examples:
             self.eval_examples = self._scored(self.eval_examples, "evaluation", folder, weights)
@@ -317,7 +328,9 @@ class DPOTrainer(Trainer):
             "device": self.backend.device.type,
         }
         adapter = (".lora_", ".modules_to_save.") if other is None else ()
-        tensors = ((n, p) for n, p in model.named_parameters() if not any(mark in n for mark in adapter))
+        # Gathered by all processes where the model is sharded, so all of them hash.
+        whole = self.backend.strategy.whole
+        tensors = ((n, whole(p)) for n, p in model.named_parameters() if not any(mark in n for mark in adapter))
         return content_hash(settings, tensors)
 
     def _scored(self, examples: list[Example], what: str, folder: Path, weights: str) -> list[Example]:
@@ -347,7 +360,8 @@ class DPOTrainer(Trainer):
                 advance(batch.num_sequences * self.backend.world_size)
                 return scores
 
-            values = self._all_logprobs(examples, forward)
+            with self._brought(self.reference):
+                values = self._all_logprobs(examples, forward)
         bad = [e.id or str(e.unit) for e, value in zip(examples, values) if not math.isfinite(value)]
         if bad:
             raise DataError(

@@ -75,7 +75,7 @@ class GRPOTrainer(Trainer):
         self.sample_size = SampleSizeWatch(uncorrected=config.uncorrected)
         super().__init__(config, model=model, tokenizer=tokenizer, callbacks=callbacks)
         steps = self.rollouts.read(self, train_dataset, eval_dataset)
-        self.reference = Reference(self.model, self.backend.device, config) if config.beta > 0 else None
+        self.reference = Reference(self.model, self.backend, config) if config.beta > 0 else None
         self.running_mean = RunningMean(config.baseline_momentum)
         stateful: dict[str, Any] = {"sampler": self.rollouts}
         if config.baseline == "running_mean":
@@ -162,11 +162,12 @@ class GRPOTrainer(Trainer):
                 examples, lambda module, batch: module(batch, temperature=temperature, entropy=select), names
             )
         if (reference := self.reference) is not None:
-            examples = self.score(
-                examples,
-                lambda module, batch: reference(module, batch, temperature=temperature),
-                {"logprobs": "ref_logprobs"},
-            )
+            with reference:
+                examples = self.score(
+                    examples,
+                    lambda module, batch: reference(module, batch, temperature=temperature),
+                    {"logprobs": "ref_logprobs"},
+                )
         return examples
 
     def _prepare_part(self, examples: list[Example]) -> tuple[list[Example], float]:

@@ -95,7 +95,7 @@ class PPOTrainer(Trainer):
         steps = self.rollouts.read(self, train_dataset, eval_dataset)
         if config.critic_warmup_steps >= steps and self.backend.is_main:
             logger.warning("all %d steps are critic_warmup_steps: the policy stays as it is", steps)
-        self.reference = Reference(self.model, self.backend.device, config) if config.needs_reference else None
+        self.reference = Reference(self.model, self.backend, config) if config.needs_reference else None
         shared = isinstance(self.module, PolicyModule)
         self.part = "value_head." if shared else "critic."
         self.prepare(
@@ -112,7 +112,7 @@ class PPOTrainer(Trainer):
         """Policy and critic as one module."""
         if self.config.critic == "shared":
             return PolicyModule(model, ScalarHead(model.config.get_text_config().hidden_size))
-        critic = load_critic(self.config, self.backend.device, tokenizer=self.tokenizer)
+        critic = load_critic(self.config, self.backend.load_device, tokenizer=self.tokenizer)
         disable_dropout(critic)
         return ActorCritic(PolicyModule(model), ScoreModule(critic))
 
@@ -167,11 +167,12 @@ class PPOTrainer(Trainer):
             {"logprobs": "old_logprobs", "values": "old_values"},
         )
         if (reference := self.reference) is not None:
-            examples = self.score(
-                examples,
-                lambda module, batch: reference(module, batch, temperature=temperature),
-                {"logprobs": "ref_logprobs"},
-            )
+            with reference:
+                examples = self.score(
+                    examples,
+                    lambda module, batch: reference(module, batch, temperature=temperature),
+                    {"logprobs": "ref_logprobs"},
+                )
         return examples
 
     def _with_advantages(

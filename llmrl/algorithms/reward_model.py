@@ -28,7 +28,7 @@ from llmrl.experience.batch import merge_update_metrics
 from llmrl.functional.ranking import agreement, bradley_terry_loss, calibration_error, calibration_sums, outcome_loss
 from llmrl.models.load import is_adapted
 from llmrl.models.score import ScoreModule
-from llmrl.models.scorer import load_scorer, save_scorer, set_pad_token
+from llmrl.models.scorer import load_scorer, set_pad_token
 from llmrl.types import Example
 
 
@@ -72,14 +72,10 @@ class RewardTrainer(Trainer):
         self.prepare(steps, config.updates_per_step, {"sampler": self.sampler})
 
     def load(self) -> tuple[Any, Any]:
-        return load_scorer(self.config, self.backend.device)
+        return load_scorer(self.config, self.backend.load_device)
 
     def wrap(self, model: Any) -> nn.Module:
         return ScoreModule(model)
-
-    def save_model(self, path: Any) -> None:
-        """Writes what `AutoModelForSequenceClassification` loads (the adapter with the score layer, for LoRA), and the tokenizer."""
-        save_scorer(self.model, self.tokenizer, path)
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step and returns the summary; the final model is in `<output_dir>/model`."""

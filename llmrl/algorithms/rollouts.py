@@ -12,7 +12,7 @@ from llmrl.algorithms.base import Trainer, require
 from llmrl.algorithms.engines import GAP_CAUSES, Canary, engine_metrics, gap_bound, make_engine
 from llmrl.data.build import build_prompts, rows_of
 from llmrl.data.sampler import Sampler
-from llmrl.errors import DivergenceError, LLMRLError
+from llmrl.errors import DivergenceError, LLMRLError, LostProcessError
 from llmrl.evaluation.judges import LocalJudges
 from llmrl.evaluation.runner import evaluate
 from llmrl.experience.ahead import Ahead
@@ -154,22 +154,29 @@ class Rollouts:
             if self.config.rollout.max_staleness:
                 experience, self._cursor = self._take(step)
             else:
-                experience = self.collector.collect(step, trainer_state=self.trainer_state)
+                experience = self._make(step)
                 self._cursor = self.sampler.state_dict()
             self._engine_metrics["rollout/seconds"] = time.monotonic() - began
             self.trainer.backend.together(self.engine.verify)
             self.engine.rest()
+        except LostProcessError:
+            raise  # nothing can be saved without the others
         except LLMRLError:
             self._rescue(step)
             raise
         return experience
+
+    def _make(self, step: int) -> Experience:
+        with self.trainer.backend.standing.during(f"sampling for step {step}"):
+            return self.collector.collect(step, trainer_state={**self.trainer_state, "global_step": step})
 
     def _sync(self, version: int) -> None:
         """Gives the engine the weights of now, and proves that it has them."""
         if self._synced == version:
             return
         began = time.monotonic()
-        report = self.trainer.backend.together(lambda: self.engine.sync_weights(self.weights, version))
+        with self.trainer.backend.standing.during("giving the engine the weights"):
+            report = self.trainer.backend.together(lambda: self.engine.sync_weights(self.weights, version))
         self._synced = version
         if report.count:
             moved = {"sync/tensors": float(report.count), "sync/bytes": float(report.bytes)}
@@ -178,7 +185,7 @@ class Rollouts:
     def _take(self, step: int) -> tuple[Experience, dict[str, Any]]:
         if self._ahead is None:
             self._ahead = Ahead(
-                lambda s: self.collector.collect(s, trainer_state={**self.trainer_state, "global_step": s}),
+                self._make,
                 max_staleness=self.config.rollout.max_staleness,
                 first_step=step,
                 last_step=self.trainer.run.total_steps,
@@ -234,7 +241,8 @@ class Rollouts:
             return {}
         step = self.trainer_state["global_step"]
         self._sync(step)
-        return self._evaluate_prompts() | self.trainer.benchmarks.evaluate(step, self.engine)
+        with self.trainer.backend.standing.during("evaluating"):
+            return self._evaluate_prompts() | self.trainer.benchmarks.evaluate(step, self.engine)
 
     def _evaluate_prompts(self) -> dict[str, float]:
         if not self.eval_prompts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from itertools import cycle
@@ -181,7 +181,7 @@ class _StoredWeights:
     def base(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self)
 
-    def save_adapter(self, directory: Path) -> None:
+    def adapter(self) -> Callable[[Path], None]:
         raise RolloutError("these weights have no adapter")
 
 

@@ -134,15 +134,21 @@ def save_model(model: Any, tokenizer: Any, directory: str | Path, state_dict: di
     tokenizer.save_pretrained(directory)
 
 
-def load_weights(model: Any, directory: str | Path) -> None:
-    """Loads what `save_model` wrote into a model of the same shape, in place. Raises ConfigError where tensors don't fit."""
-    if is_adapted(model):
-        from peft import load_peft_weights, set_peft_model_state_dict
+def read_weights(model: Any, directory: str | Path) -> dict[str, Tensor]:
+    """What `save_model` wrote of a model of this kind, by the names of `model.state_dict()`, on the host.
 
-        result = set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
-        lost = [n for n in result.missing_keys if "lora_" in n or "modules_to_save" in n] + list(result.unexpected_keys)
-        if lost:
-            raise ConfigError(f"{directory}: the adapter does not fit this model; {len(lost)} tensors, {lost[0]} first")
-        return
-    loaded = from_pretrained(type(model), str(directory), dtype=model.dtype, config=model.config)
-    model.load_state_dict(loaded.state_dict())
+    Raises ConfigError where an adapter has other tensors than the model's.
+    """
+    if not is_adapted(model):
+        return dict(from_pretrained(type(model), str(directory), dtype=model.dtype, config=model.config).state_dict())
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    # peft names tensors in its own way: it is asked to name numbers, so that its way is known for certain.
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    numbers = {name: torch.tensor(i) for i, name in enumerate(names)}
+    saved_as = get_peft_model_state_dict(model, state_dict=numbers, save_embedding_layers=False)
+    loaded = load_peft_weights(str(directory), device="cpu")
+    wrong = sorted(saved_as.keys() ^ loaded.keys())
+    if wrong:
+        raise ConfigError(f"{directory}: the adapter does not fit this model; {len(wrong)} tensors, {wrong[0]} first")
+    return {names[int(number)]: loaded[name] for name, number in saved_as.items()}

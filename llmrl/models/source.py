@@ -26,12 +26,12 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from llmrl.config.model import LoraSettings, ModelFields
 from llmrl.errors import ConfigError
 from llmrl.models.packing import packing_support
+from llmrl.models.quantize import DTYPES, quantization_config, settle
 
 if not sys.stderr.isatty():  # a bar of transformers' is a line a step in a log file
     disable_progress_bar()
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PROBE = "The answer's 3.14159 = 12345/6789;\n\n  so\tNaïve Zoë wrote: “日本語”, don't!\n"
 _LOADING_ERRORS = (
     OSError,
@@ -70,6 +70,7 @@ class Source:
             raise ConfigError(_unavailable(key, self.base, error)) from error
         self.task: Task = task or "CAUSAL_LM"
         packing_support(self.config)
+        self.quantization = quantization_config(fields, adapted=self.adapter is not None or fields.lora is not None)
         # A saved reward model has its head; to a language model one is added.
         self.has_score = any("SequenceClassification" in name for name in self.config.architectures or ())
         if self.task == "SEQ_CLS":
@@ -131,20 +132,22 @@ class Source:
 
     def model(self) -> Any:
         """The model without an adapter. The score layer of a new reward model is whatever transformers filled it with."""
-        dtype = DTYPES[self.fields.dtype]
+        kwargs: dict[str, Any] = {"dtype": DTYPES[self.fields.dtype], **self.hub}
+        if self.quantization is not None:
+            kwargs["quantization_config"] = self.quantization
         if self.task == "CAUSAL_LM":
-            return from_pretrained(AutoModelForCausalLM, self.base, key=self.key, dtype=dtype, **self.hub)
+            return settle(from_pretrained(AutoModelForCausalLM, self.base, key=self.key, **kwargs), self.fields)
         new = () if self.has_score else ("score.",)
         with torch.random.fork_rng(devices=()):
-            return from_pretrained(
+            model = from_pretrained(
                 AutoModelForSequenceClassification,
                 self.base,
                 new=new,
                 key=self.key,
                 config=self.config,
-                dtype=dtype,
-                **self.hub,
+                **kwargs,
             )
+        return settle(model, self.fields)
 
     def skeleton(self) -> Any:
         """The same on the device of the context, nothing read."""

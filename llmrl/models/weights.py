@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +12,36 @@ from torch import Tensor, nn
 
 from llmrl.models.load import is_adapted
 
+Whole = Callable[[Tensor], Tensor]
+"""Gives a parameter in full: where parameters are sharded, all processes call it, in the same order."""
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
 
 class ModelWeights:
-    """`PolicyWeights` of a model that this process holds whole, with or without a LoRA adapter of peft."""
+    """`PolicyWeights` of a model with or without a LoRA adapter of peft. `whole`: for a model that is sharded."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, whole: Whole = _as_it_is) -> None:
+        self._model, self._whole = model, whole
         adapted = is_adapted(model)
         self.merged_because = _beyond_factors(model) if adapted else ""
         """What keeps the adapter from being sent alone; empty when nothing does, and without an adapter."""
         self.adapter_rank = _rank(model) if adapted and not self.merged_because else None
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return full_parameters(self._model)
+        return full_parameters(self._model, whole=self._whole)
 
     def base(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The same without what the adapter adds."""
-        return full_parameters(self._model, merge=False)
+        return full_parameters(self._model, merge=False, whole=self._whole)
 
-    def save_adapter(self, directory: Path) -> None:
-        # peft would otherwise ask the hub for the base's vocabulary
-        self._model.save_pretrained(directory, save_embedding_layers=False)
+    def adapter(self) -> Callable[[Path], None]:
+        # peft picks the adapter's own out of these; they are few and small.
+        state = {name: self._whole(p) for name, p in self._model.named_parameters() if p.requires_grad}
+        # peft would otherwise ask the hub for the base's vocabulary.
+        return lambda path: self._model.save_pretrained(path, save_embedding_layers=False, state_dict=state)
 
 
 _OWN_START = {"gaussian", "orthogonal", "eva"}
@@ -78,7 +87,7 @@ def _rank(model: Any) -> int:
 
 
 @torch.no_grad()
-def full_parameters(model: Any, *, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
+def full_parameters(model: Any, *, merge: bool = True, whole: Whole = _as_it_is) -> Iterator[tuple[str, Tensor]]:
     """(name in the plain model, whole tensor) of every parameter, one layer at a time; tied ones once.
 
     Adapters are merged in, or with `merge` False left out.
@@ -92,12 +101,19 @@ def full_parameters(model: Any, *, merge: bool = True) -> Iterator[tuple[str, Te
         inside = None
         if hasattr(module, "get_delta_weight") or hasattr(module, "modules_to_save"):
             inside = f"{path}."
-        plain = _plain(module, merge) if inside else module
+        plain = _plain(_whole_layer(module, whole), merge) if inside else module
         for name, parameter in plain.named_parameters(recurse=inside is not None):
             if id(parameter) not in seen:
                 if inside is None:
                     seen.add(id(parameter))
-                yield f"{path}.{name}" if path else name, parameter.detach()
+                yield f"{path}.{name}" if path else name, parameter.detach() if inside else whole(parameter)
+
+
+def _whole_layer(layer: nn.Module, whole: Whole) -> nn.Module:
+    """The layer, or where its parameters are sharded a copy with whole ones."""
+    if not any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in layer.parameters()):
+        return layer
+    return copy.deepcopy(layer, {id(p): nn.Parameter(whole(p), p.requires_grad) for p in layer.parameters()})
 
 
 def _plain(layer: Any, merge: bool) -> nn.Module:

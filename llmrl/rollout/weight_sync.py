@@ -221,9 +221,10 @@ class AdapterTransfer:
             )
             self._based = True
         self.adapter = version_label
+        save = weights.adapter()
         if not sender:
             return SyncReport(version), []
-        content = self._write(weights, version_label)
+        content = self._write(save, version_label)
         failed = {server.url for server, _ in failures}
         old = self._versions[: -self._keep - 1]
         self._versions = self._versions[len(old) :]
@@ -248,11 +249,11 @@ class AdapterTransfer:
         """See `Transfer.close`."""
         self._base.close()
 
-    def _write(self, weights: PolicyWeights, label: str) -> Fingerprint:
+    def _write(self, save: Callable[[Path], None], label: str) -> Fingerprint:
         try:
             path = self._files.place(f"{label}.adapter")
             draft = path.with_suffix(".draft")
-            weights.save_adapter(draft)
+            save(draft)
             draft.rename(path)
         except OSError as error:
             raise RolloutError(

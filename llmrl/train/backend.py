@@ -1,7 +1,8 @@
 """The processes, the device, the precision and the optimizer step: the only code that knows how many processes there are.
 
 Losses that come in are weighted sums whose weights already count the whole update over all processes (design: one denominator,
-one place). DDP divides summed gradients by the number of processes; that division is undone here and nowhere else.
+one place). DDP, FSDP2 and DeepSpeed divide summed gradients by the number of processes; that division is undone here and nowhere else.
+How parameters lie on the processes is a strategy's business: replicated.py, fsdp.py, zero.py.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from llmrl.errors import ConfigError, DivergenceError, together
 from llmrl.models.weights import ModelWeights
-from llmrl.train.collectives import TIMEOUT, Collectives, reduce_stats
-from llmrl.train.launch import check_launcher, check_world_size
-from llmrl.train.optim import build_optimizer, learning_rate_at, load_optimizer_tensors, optimizer_tensors
+from llmrl.train.collectives import Collectives, reduce_stats, transport_timeout
+from llmrl.train.launch import check_world_size, read_launch, without_accelerates_sharding
+from llmrl.train.optim import build_optimizer, learning_rate_at
+from llmrl.train.optim_state import OptimizerReader, held, write_pieces
+from llmrl.train.replicated import Replicated, leave_out
+from llmrl.train.standing import Standing
 from llmrl.train.state import rng_state, seed_everything, set_rng_state
 from llmrl.train.trackers import check_trackers
 from llmrl.types import PolicyWeights
@@ -53,40 +55,51 @@ class UpdateStats:
 
 
 class Backend(Collectives):
-    """One process, or data-parallel ones (DDP over NCCL or gloo) that torchrun or `accelerate launch` started.
+    """One process, or several (DDP, FSDP2, DeepSpeed ZeRO-2 and ZeRO-3, over NCCL or gloo) that torchrun or `accelerate launch` started.
 
-    `config` has the keys of TrainFields and ModelFields. Making a Backend seeds every generator with `config.seed`, so that all
-    processes initialise alike; `prepare` then seeds each by its rank, so that their dropout differs.
+    `config` has the keys of TrainFields and ModelFields; the sharding is the launcher's. Making a Backend seeds every generator with
+    `config.seed`, so that all processes initialise alike; `prepare` then seeds each by its rank, so that their dropout differs.
 
-    Raises ConfigError when the launcher asks for FSDP, DeepSpeed or another precision, or when fewer or more processes came up
-    than asked for.
+    Raises ConfigError when the launcher asks for what llmrl can't do or for another precision, or when fewer or more processes came
+    up than asked for.
     """
 
     def __init__(self, config: Any) -> None:
-        check_launcher(os.environ, config.mixed_precision)
+        self.launch = read_launch(os.environ, config.mixed_precision)
         check_trackers(config.report_to)
+        timeout = transport_timeout(config.collective_timeout, "cuda" if torch.cuda.is_available() else "cpu")
         # Precision, wrapping and accumulation are done here, in the open; accelerate brings the process group and the trackers.
-        self.accelerator = Accelerator(
-            mixed_precision="no",
-            cpu=not torch.cuda.is_available(),
-            log_with=list(config.report_to) or None,
-            project_dir=str(Path(config.output_dir, "trackers")),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
-        )
+        with without_accelerates_sharding():
+            self.accelerator = Accelerator(
+                mixed_precision="no",
+                cpu=not torch.cuda.is_available(),
+                log_with=list(config.report_to) or None,
+                project_dir=str(Path(config.output_dir, "trackers")),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+            )
         state = self.accelerator.state
         device = torch.device("cpu") if state.device.type == "cpu" else state.device  # not "cpu:0"
-        super().__init__(state.process_index, state.num_processes, device)
+        standing = Standing(state.process_index, state.num_processes, config.collective_timeout)
+        super().__init__(state.process_index, state.num_processes, device, standing=standing)
         check_world_size(os.environ, self.world_size, config.num_processes)
         if dist.is_initialized():
             atexit.register(_close_process_group)
+        if self.world_size > 1:
+            standing.watch(dist.distributed_c10d._get_default_store())
         self.config = config
         self.is_main = self.rank == 0
         self.amp_dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
         self.scaler = torch.amp.GradScaler(self.device.type) if self.amp_dtype == torch.float16 else None
+        self.strategy = self._make_strategy()
         self.updates = 0
         self.skipped_updates = 0
         self._skipped_in_a_row = 0
         seed_everything(config.seed)
+
+    @property
+    def load_device(self) -> torch.device:
+        """Where a model is loaded to: on the host where its parameters are sharded, so that no device ever holds all of it."""
+        return torch.device("cpu") if self.strategy.shards_parameters else self.device
 
     def prepare(self, module: nn.Module, *, total_updates: int, parts: Sequence[str] = ()) -> nn.Module:
         """Moves `module` to the device, wraps it and builds its optimizer; returns the wrapped module.
@@ -94,17 +107,9 @@ class Backend(Collectives):
         `total_updates` is the length of the learning-rate schedule. `parts` are prefixes of parameter names whose gradients are
         clipped by themselves and whose rate can be scaled. Raises ConfigError when nothing in it is trainable.
         """
-        self.unwrapped = module.to(self.device)
-        self.optimizer = build_optimizer(self.unwrapped, self.config, parts)
-        self.total_updates = total_updates
-        self.module: nn.Module = self.unwrapped
-        if self.world_size > 1:
-            self.module = DistributedDataParallel(
-                self.unwrapped,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+        self.unwrapped, self.total_updates = module, total_updates
+        self.module, self.optimizer = self.strategy.prepare(module, lambda m: build_optimizer(m, self.config, parts))
+        self.strategy.check()
         seed_everything(self.config.seed + self.rank)
         return self.module
 
@@ -138,12 +143,15 @@ class Backend(Collectives):
             self.updates += 1
             return UpdateStats(0.0, rate, skipped=True)
         self.module.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        losses, stats = self._accumulate(microbatches, count, loss_fn, empty)
-        norm, finite, sums = self._measure(losses, stats)
-        if finite:
-            self._step([part for part, scale in scales.items() if scale == 0])
-        self.optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory for the rollouts
+        self.strategy.zero_grad()
+        with self.standing.during(f"update {self.updates + 1}", waits=True):
+            losses, stats = self._accumulate(microbatches, count, loss_fn, empty)
+            norm, finite, sums = self._measure(losses, stats)
+            if finite:
+                self._step([part for part, scale in scales.items() if scale == 0])
+            else:
+                self.strategy.discard()
+        self.strategy.zero_grad()  # frees the gradients' memory for the rollouts
         if self.scaler is not None:
             self.scaler.update()
         self.updates += 1
@@ -163,11 +171,13 @@ class Backend(Collectives):
         Every process makes the same number of forwards; results of `empty()` ones are dropped.
         """
         count = self.global_max(len(microbatches))
-        with torch.no_grad(), _evaluating(self.unwrapped):
+        with torch.no_grad(), _evaluating(self.unwrapped), self.standing.during("scoring", waits=True):
             results = []
-            for batch in _padded(microbatches, count, empty):
+            for i, batch in enumerate(_padded(microbatches, count, empty)):
+                self.standing.at(f"microbatch {i + 1}/{count}")
                 with self.autocast():
                     results.append(fn(self.module, batch))
+        self.strategy.settle()
         return results[: len(microbatches)]
 
     def together(self, action: Callable[[], R]) -> R:
@@ -177,26 +187,75 @@ class Backend(Collectives):
     def policy_weights(self) -> PolicyWeights:
         """The policy's weights, whole tensor by whole tensor, adapters merged in: what rollout engines are fed."""
         policy = getattr(self.unwrapped, "policy", self.unwrapped)  # beside a critic
-        return ModelWeights(getattr(policy, "model", policy))
+        return ModelWeights(getattr(policy, "model", policy), self.strategy.whole)
 
-    def save_state(self, directory: Path, rng_states: Sequence[Mapping[str, Any]]) -> None:
-        """Writes optimizer, counters, loss scale and every process's generators (`gather_json(self.rng_state())`); rank 0 only."""
-        save_file(optimizer_tensors(self.optimizer, self.unwrapped), directory / "optimizer.safetensors")
+    def whole_tensors(self, module: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
+        """The parameters and buffers of a prepared module by name, in full on the host of rank 0; empty on the others.
+
+        Tied ones come once. Where nothing is sharded they are the module's own. Collective.
+        """
+        seen: set[int] = set()
+        out: dict[str, Tensor] = {}
+        for name, value in module.state_dict(keep_vars=True).items():
+            if id(value) in seen or (trained_only and not value.requires_grad):
+                continue
+            seen.add(id(value))
+            whole = self.strategy.whole(value)
+            if self.is_main:
+                out[name] = whole.cpu() if self.strategy.shards_parameters else whole
+        return out
+
+    def fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Sets a prepared module's parameters and buffers from whole tensors, which every process gives; the others stay.
+
+        Raises ConfigError for tensors that the module does not have.
+        """
+        done: set[int] = set()
+        if unknown := tensors.keys() - module.state_dict(keep_vars=True).keys():
+            raise ConfigError(
+                f"{len(unknown)} tensors are not the model's, {min(unknown)} first: they are of another model"
+            )
+        for name, value in module.state_dict(keep_vars=True).items():
+            if name in tensors and id(value) not in done:
+                done.add(id(value))
+                if isinstance(value, nn.Parameter):
+                    self.strategy.fill(value, tensors[name])
+                else:
+                    value.copy_(tensors[name])
+        self.strategy.filled()
+
+    def gather_state(self) -> Callable[[Path], list[Path]]:
+        """What writes this process's part of optimizer, counters, loss scale and generators into a directory and names the files.
+
+        Collective, so that nothing has to wait for others once files are written, which may fail.
+        """
+        writers = self.world_size if self.strategy.shards_optimizer else 1
+        pieces, rng = held(self.strategy.optimizer_pieces()), self.rng_state()
         state = {
             "updates": self.updates,
             "skipped_updates": self.skipped_updates,
             "skipped_in_a_row": self._skipped_in_a_row,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "world_size": self.world_size,
+            "strategy": self.strategy.name,
         }
-        (directory / "backend.json").write_text(json.dumps(state))
-        for rank, rng in enumerate(rng_states):
-            (directory / f"rng_{rank:05d}.json").write_text(json.dumps(rng))
+
+        def write(directory: Path) -> list[Path]:
+            files = write_pieces(directory, pieces, self.rank, writers)
+            files.append(directory / f"rng_{self.rank:05d}.json")
+            files[-1].write_text(json.dumps(rng))
+            if self.is_main:
+                files.append(directory / "backend.json")
+                files[-1].write_text(json.dumps(state))
+            return files
+
+        return write
 
     def load_state(self, directory: Path) -> None:
-        """Continues from `save_state`, on every process. With another number of processes the generators are seeded anew."""
+        """Continues from what `gather_state` gave, on every process, whatever the strategy was. With another number of processes the generators
+        are seeded anew."""
         state = json.loads((directory / "backend.json").read_text())
-        load_optimizer_tensors(self.optimizer, self.unwrapped, load_file(directory / "optimizer.safetensors"))
+        self.strategy.load_optimizer(OptimizerReader(directory))
         self.updates, self.skipped_updates = state["updates"], state["skipped_updates"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         if self.scaler is not None and state["scaler"] is not None:
@@ -216,18 +275,16 @@ class Backend(Collectives):
         """Forward and backward of all microbatches; gradients are reduced in the last backward only. Nothing waits for the device."""
         losses, stats = [], []
         for i, batch in enumerate(_padded(microbatches, count, empty)):
-            with self._no_sync() if i < count - 1 else nullcontext():
+            self.standing.at(f"microbatch {i + 1}/{count}")
+            with self.strategy.reducing(last=i == count - 1):
                 with self.autocast():
                     loss, values = loss_fn(self.module, batch)
                 scaled = loss * self.world_size
-                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+                self.strategy.backward(scaled if self.scaler is None else self.scaler.scale(scaled))
             losses.append(loss.detach())
             if i < len(microbatches):
                 stats += [(name, torch.as_tensor(value).detach()) for name, value in values.items()]
         return losses, stats
-
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()
 
     def _measure(
         self, losses: list[torch.Tensor], stats: list[tuple[str, torch.Tensor]]
@@ -235,10 +292,8 @@ class Backend(Collectives):
         """(gradient norm before clipping, everything finite on every process, reduced statistics); clips. Waits for the device once."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if self.world_size > 1 and any(p.grad is None for g in self.optimizer.param_groups for p in g["params"]):
-            self._refuse_unused()
         limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
-        norms = [nn.utils.clip_grad_norm_(parameters, limit) for parameters in self._parts()]
+        norms = [self._clip(gradients, limit) for gradients in self.strategy.gradients().values()]
         norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
         tensors = [norm, torch.stack(losses).sum(), *(value for _, value in stats)]
         norm_value, loss_value, *values = torch.stack([t.to(self.device, torch.float64) for t in tensors]).tolist()
@@ -248,30 +303,33 @@ class Backend(Collectives):
         parts = self.gather_json([math.isfinite(norm_value) and math.isfinite(loss_value), local])
         return norm_value, all(ok for ok, _ in parts), reduce_stats([part for _, part in parts])
 
-    def _parts(self) -> list[list[nn.Parameter]]:
-        """The parameters with a gradient, by part: a critic's large gradients must not take the policy's share of the clip."""
-        parts: dict[str, list[nn.Parameter]] = {}
-        for group in self.optimizer.param_groups:
-            parts.setdefault(group["part"], []).extend(p for p in group["params"] if p.grad is not None)
-        return list(parts.values())
-
-    def _refuse_unused(self) -> None:
-        """DDP reduces a bucket when all of it has a gradient: with an unused parameter, others would silently stay unreduced."""
-        unused = [n for n, p in self.unwrapped.named_parameters() if p.requires_grad and p.grad is None]
-        raise ConfigError(
-            f"{len(unused)} trainable parameter(s) got no gradient, which data-parallel training can't reduce: "
-            f"{', '.join(unused[:5])}. Freeze them (requires_grad False), or train in one process"
-        )
+    def _clip(self, gradients: Sequence[Tensor], limit: float) -> Tensor:
+        """Scales a part's gradients down to the norm `limit`; returns their norm before, over all processes."""
+        norm = self.strategy.norm(gradients)
+        if limit < math.inf:
+            # As torch's clip_grad_norm_: always multiplied, so that nothing waits for the device.
+            factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                gradient.mul_(factor.to(gradient.device, gradient.dtype))
+        return norm
 
     def _step(self, left_out: Sequence[str]) -> None:
-        # Adam's moments of a part that is left out stay as they are: had they taken in zeros, its first steps would be too large.
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"] if group["part"] in left_out else ():
-                parameter.grad = None
         if self.scaler is None:
-            self.optimizer.step()
+            self.strategy.step(left_out)
         else:
+            leave_out(self.optimizer, left_out)
             self.scaler.step(self.optimizer)
+
+    def _make_strategy(self) -> Replicated:
+        if self.launch.strategy == "ddp":
+            return Replicated(self)
+        if self.launch.strategy == "fsdp2":
+            from llmrl.train.fsdp import FullySharded
+
+            return FullySharded(self, self.launch, self.amp_dtype)
+        from llmrl.train.zero import Zero
+
+        return Zero(self, self.launch, self.amp_dtype)
 
     def _count_skipped(self, norm: float, sums: Mapping[str, float]) -> None:
         self.skipped_updates += 1

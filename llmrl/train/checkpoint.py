@@ -11,11 +11,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llmrl.errors import LLMRLError
-from llmrl.train.files import publish, write_atomically
+from llmrl.train.files import fsync_path, publish, write_atomically
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -55,7 +57,7 @@ def verify(path: Path) -> str:
 class CheckpointStore:
     """The checkpoints `step_00000010`, ... under `root`; the newest `keep` are kept (None: all), and the one called best.
 
-    Example: store.save(10, write=lambda directory: (directory / "state.json").write_text("{}")); store.newest()
+    Example: directory = store.begin(10); (directory / "state.json").write_text("{}"); store.finish(10, written(directory)); store.newest()
     """
 
     def __init__(self, root: Path | str, keep: int | None = 2) -> None:
@@ -65,36 +67,50 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self.root / f"step_{step:08d}"
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Calls `write(directory)` and publishes what it wrote as the checkpoint of `step`; returns its path.
+    def begin(self, step: int) -> Path:
+        """The directory to write the checkpoint of `step` into; then `finish` or `abandon` it.
 
-        Raises CheckpointError when the disk is full or not writable. What was there before is then as it was.
+        Raises CheckpointError when the disk is full or not writable.
         """
-        final = self.path(step)
-        temporary = self.root / f".tmp_{final.name}"
-        try:
+        temporary = self._temporary(step)
+        with self.explained(step):
             self.root.mkdir(parents=True, exist_ok=True)
             self._clean()
             temporary.mkdir()
-            write(temporary)
-            files = {
-                str(file.relative_to(temporary)): {"size": file.stat().st_size, "sha256": _sha256(file)}
-                for file in sorted(temporary.rglob("*"))
-                if file.is_file()
-            }
+        return temporary
+
+    def finish(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> Path:
+        """Publishes what was written as the checkpoint of `step` and returns its path; `files` are those that `written` described.
+
+        Raises CheckpointError when the disk is full or not writable. What was there before is then as it was.
+        """
+        final, temporary = self.path(step), self._temporary(step)
+        with self.explained(step):
             (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
             publish(temporary, final)
             self.point_to(final)
+        self._prune(step)
+        return final
+
+    def abandon(self, step: int) -> None:
+        """Removes what was begun: half a checkpoint must not keep a full disk full."""
+        shutil.rmtree(self._temporary(step), ignore_errors=True)
+
+    @contextmanager
+    def explained(self, step: int) -> Iterator[None]:
+        """Turns what a full or unwritable disk raises inside into a CheckpointError."""
+        try:
+            yield
         except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             if not _is_io_error(error):
                 raise
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.root}: {error}. Earlier checkpoints are as they were. "
                 "Make room or choose another output_dir, then start the same command again: it continues from the newest one"
             ) from error
-        self._prune(step)
-        return final
+
+    def _temporary(self, step: int) -> Path:
+        return self.root / f".tmp_{self.path(step).name}"
 
     def newest(self) -> Path | None:
         """The checkpoint that `latest` points to if it is whole, else the whole one of the highest step, else None."""
@@ -154,6 +170,19 @@ class CheckpointStore:
         for path in self.root.iterdir():
             if path.name.startswith((".tmp_", ".old_")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def written(directory: Path, files: Iterable[Path] | None = None) -> dict[str, dict[str, Any]]:
+    """Size and hash of the files in `directory` (or of some), flushed to the disk, by path from there: the manifest's entries.
+
+    Each process describes its own, so that nobody has to read everything again.
+    """
+    out = {}
+    for file in sorted(directory.rglob("*") if files is None else files):
+        if file.is_file():
+            fsync_path(file)
+            out[str(file.relative_to(directory))] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+    return out
 
 
 def _sha256(file: Path) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from llmrl.errors import ConfigError
 class OptimFields(Protocol):
     """The keys of a recipe that this file reads (`llmrl.config.train.TrainFields`)."""
 
+    @property
+    def optimizer(self) -> str: ...
     @property
     def learning_rate(self) -> float: ...
     @property
@@ -81,71 +83,45 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() >= 2 and not name.rpartition(".")[2].endswith("bias")
 
 
-def build_optimizer(module: nn.Module, config: OptimFields, parts: Sequence[str] = ()) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, config: OptimFields, parts: Sequence[str] = ()) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over the trainable parameters, in groups: with and without decay.
 
-    `parts` are prefixes of parameter names with groups of their own: a group's "part" is its prefix, "" for the rest. The fused
-    kernel runs where there is one (CPU and CUDA floats). Rates are set before every update by the caller.
+    `parts` are prefixes of parameter names with groups of their own: a group's "part" is its prefix, "" for the rest. Rates are set
+    before every update by the caller. `adamw` runs its fused kernel where there is one (CPU and CUDA floats); `adamw_8bit` keeps the
+    moments of embeddings in 32 bits, whose gradients, rare and large, fit 8 bits badly (arXiv 2110.02861, section 2.3). Raises
+    ConfigError where bitsandbytes, which that needs, is absent.
     """
     parameters = trainable_parameters(module)
     part_of = {n: next((part for part in parts if n.startswith(part)), "") for n in parameters}
-    groups = [
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    eight = config.optimizer == "adamw_8bit"
+    bits_of = {n: 8 if eight and id(p) not in embeddings else 32 for n, p in parameters.items()}
+    every = [
         {
-            "params": [p for n, p in parameters.items() if part_of[n] == part and decays(n, p) == decaying],
+            "params": [
+                p for n, p in parameters.items() if (part_of[n], decays(n, p), bits_of[n]) == (part, decaying, bits)
+            ],
             "weight_decay": config.weight_decay if decaying else 0.0,
             "part": part,
+            "optim_bits": bits,  # bitsandbytes' name; torch's optimizer does not look at it
         }
         for part in ("", *parts)
         for decaying in (True, False)
+        for bits in (8, 32)
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters.values()),
-    )
+    groups = [group for group in every if group["params"]]
+    betas = (config.adam_beta1, config.adam_beta2)
+    if eight:
+        return _eight_bit(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters.values())
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=fused)
 
 
-def _indexed(optimizer: torch.optim.Optimizer, module: nn.Module) -> Iterator[tuple[int, str, nn.Parameter]]:
-    """(index in the optimizer's state_dict, name, parameter)."""
-    names = {id(p): name for name, p in module.named_parameters()}
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    for index, parameter in enumerate(parameters):
-        yield index, names[id(parameter)], parameter
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `<parameter>:<exp_avg|exp_avg_sq|step>` -> tensor on the host, for a safetensors file."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{name}:{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, name, _ in _indexed(optimizer, module)
-        for key, value in state.get(index, {}).items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Puts back what `optimizer_tensors` gave. Raises ConfigError when the parameters are other ones, or shaped otherwise."""
-    by_name: dict[str, dict[str, torch.Tensor]] = {}
-    for full, tensor in tensors.items():
-        name, _, key = full.rpartition(":")
-        by_name.setdefault(name, {})[key] = tensor
-    state, problems = {}, []
-    for index, name, parameter in _indexed(optimizer, module):
-        entry = by_name.pop(name, None)
-        if entry is None:
-            continue
-        if any(key != "step" and tensor.shape != parameter.shape for key, tensor in entry.items()):
-            problems.append(f"{name} is {tuple(parameter.shape)} here, not so in the checkpoint")
-        state[index] = entry
-    problems += [f"{name} is not a trainable parameter here" for name in by_name]
-    if problems:
+def _eight_bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    try:
+        from llmrl.train.adamw8bit import BlockwiseAdamW
+    except ImportError as error:
         raise ConfigError(
-            "the checkpoint's optimizer state does not belong to this model: " + "; ".join(problems[:5])
-            + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
-            + ". Resume with the model and the LoRA settings that the run began with"
-        )  # fmt: skip
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            f"optimizer: adamw_8bit needs bitsandbytes, which can't be imported ({error}): `pip install bitsandbytes`, or leave it at adamw"
+        ) from error
+    return BlockwiseAdamW(groups, **settings)

@@ -19,15 +19,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
-from safetensors.torch import load_model as load_module
-from safetensors.torch import save_model as save_module
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llmrl.config.load import dump_recipe
 from llmrl.errors import LLMRLError
 from llmrl.train.backend import Backend
 from llmrl.train.card import write_card
-from llmrl.train.checkpoint import CheckpointError, CheckpointStore, step_of
+from llmrl.train.checkpoint import CheckpointError, CheckpointStore, step_of, written
 from llmrl.train.files import publish, require_writable
 from llmrl.train.plot import plot_curves
 from llmrl.train.progress import Progress
@@ -49,7 +48,7 @@ class Run:
 
     Files: config.yaml, metrics.jsonl, samples/, checkpoints/, summary.json (status: running, finished, stopped or failed), and at
     the end model/ (with its card, README.md) and curves.png. `stateful` objects and the weights of `modules` (a critic, a moving reference) are saved in checkpoints
-    and restored by name; `save_model(directory)` and `load_model(directory)` write and read the weights of the model. `callbacks` are objects with any of on_train_begin(trainer),
+    and restored by name; `gather_model()` gives what writes the model into a directory, `load_model(directory)` reads it; all processes call them. `callbacks` are objects with any of on_train_begin(trainer),
     on_step_end(trainer, step, metrics) -> True to stop, on_save(path), on_train_end(trainer).
 
     Making a Run decides where it starts; raises ConfigError when the directory holds another run (see `resume` in the recipe).
@@ -62,7 +61,7 @@ class Run:
         *,
         kind: str,
         total_steps: int,
-        save_model: Callable[[Path], None],
+        gather_model: Callable[[], Callable[[Path], None]],
         load_model: Callable[[Path], None],
         stateful: Mapping[str, Stateful] | None = None,
         modules: Mapping[str, nn.Module] | None = None,
@@ -70,7 +69,7 @@ class Run:
         trainer: Any = None,
     ) -> None:
         self.config, self.backend, self.kind, self.total_steps = config, backend, kind, total_steps
-        self.save_model, self.load_model = save_model, load_model
+        self.gather_model, self.load_model = gather_model, load_model
         self.stateful, self.modules = dict(stateful or {}), dict(modules or {})
         self.callbacks, self.trainer = list(callbacks), trainer
         self.directory = Path(config.output_dir)
@@ -93,6 +92,7 @@ class Run:
         if self._start is not None:
             self._load(self._start)
         self._on_main(self._open)
+        self.backend.standing.guarding = True
         self.trackers = Trackers(
             self.backend.accelerator,
             self.config.report_to,
@@ -110,12 +110,17 @@ class Run:
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
             self._previous_handler = None
+        lost = None if error is None else self.backend.standing.explain(error)
+        error = lost or error
+        self.backend.standing.end(error)
         self.progress.stop()
         self.trackers.finish()
         status = "finished" if self._finished else "stopped"
         if error is not None and isinstance(error, Exception):
             status = "failed"
         self._summarise(status, f"{type(error).__name__}: {error}" if error is not None else None)
+        if lost is not None:
+            raise lost
         if error is None:
             self._call("on_train_end", self.trainer)
 
@@ -128,6 +133,7 @@ class Run:
         self._call("on_train_begin", self.trainer)
         while self.step < self.total_steps:
             self._step_began = time.monotonic()
+            self.backend.standing.begin_step(self.step + 1)
             yield self.step + 1
             self.step += 1
             wishes = [bool(result) for result in self._call("on_step_end", self.trainer, self.step, self._metrics)]
@@ -176,19 +182,42 @@ class Run:
         """Writes the checkpoint of the current step, unless it is there. Raises CheckpointError on every process when it can't be."""
         if self._saved_step == self.step:
             return
-        rng_states = self.backend.gather_json(self.backend.rng_state())
-
-        def write(directory: Path) -> None:
-            self.records.flush()
-            self.save_model(directory / "model")
-            for name, module in self.modules.items():
-                save_module(module, str(directory / f"{name}.safetensors"))
-            self.backend.save_state(directory, rng_states)
-            (directory / "state.json").write_text(json.dumps(self._state(), indent=1), encoding="utf-8")
-
-        self._on_main(lambda: str(self.store.save(self.step, write)))
-        self._saved_step = self.step
+        with self.backend.standing.during("saving", patient=True):
+            self._save(self.step, self.backend)
+        self._saved_step = self.backend.standing.saved_step = self.step
         self._call("on_save", self.store.path(self.step))
+
+    def _save(self, step: int, backend: Backend) -> None:
+        # First what takes all processes, then what may fail on one of them: none is left waiting for another.
+        directory = Path(self._on_main(lambda: str(self.store.begin(step))))
+        try:
+            write = self._gather()
+            files = backend.gather_json(backend.together(lambda: write(directory)))
+            self._on_main(lambda: str(self.store.finish(step, {k: v for part in files for k, v in part.items()})))
+        except BaseException:
+            if backend.is_main:
+                self.store.abandon(step)
+            raise
+
+    def _gather(self) -> Callable[[Path], dict[str, dict[str, Any]]]:
+        """What writes this process's part of a checkpoint and describes its files."""
+        model, optimizer = self.gather_model(), self.backend.gather_state()
+        modules = {name: self.backend.whole_tensors(module) for name, module in self.modules.items()}
+
+        def write(directory: Path) -> dict[str, dict[str, Any]]:
+            with self.store.explained(self.step):
+                files = optimizer(directory)
+                if not self.backend.is_main:
+                    return written(directory, files)
+                self.records.flush()
+                model(directory / "model")
+                for name, tensors in modules.items():
+                    save_file({n: t.contiguous() for n, t in tensors.items()}, directory / f"{name}.safetensors")
+                (directory / "state.json").write_text(json.dumps(self._state(), indent=1), encoding="utf-8")
+                ours = [*files, *directory.rglob("model/*"), *(directory / f"{name}.safetensors" for name in modules)]
+                return written(directory, [*ours, directory / "state.json"])
+
+        return write
 
     def _is_best(self) -> bool:
         """Whether `metric_for_best_model` is better after this step than after any before it; it is noted if so."""
@@ -236,7 +265,7 @@ class Run:
         state = json.loads((start / "state.json").read_text(encoding="utf-8"))
         self.load_model(start / "model")
         for name, module in self.modules.items():
-            load_module(module, start / f"{name}.safetensors", device=str(self.backend.device))
+            self.backend.fill(module, load_file(start / f"{name}.safetensors"))
         self.backend.load_state(start)
         if missing := self.stateful.keys() - state["stateful"].keys():
             raise CheckpointError(
@@ -246,6 +275,7 @@ class Run:
             item.load_state_dict(state["stateful"][name])
         self.step, self._seconds, self._num_tokens = state["step"], state["seconds"], state["num_tokens"]
         self._metrics = state["metrics"]
+        self.backend.standing.saved_step = self.step
         if start.resolve().parent == self.store.root.resolve():
             self._saved_step = self.step
             best = state.get("best")
@@ -275,18 +305,20 @@ class Run:
 
     def _finish(self) -> None:
         name = self.config.run_name or self.directory.name
+        save_model = self.gather_model()
 
         def write() -> None:
             temporary = self.directory / ".tmp_model"
             shutil.rmtree(temporary, ignore_errors=True)  # a kill may have left one
-            self.save_model(temporary)
+            save_model(temporary)
             model = self.directory / "model"
             publish(temporary, model)  # first: what is said of the model must not stand in its way
             write_card(model, name=name, run=self.directory, step=self.step, source=self.config.model_name_or_path)
             if self._metrics:
                 plot_curves(self.directory)
 
-        self._on_main(write)
+        with self.backend.standing.during("writing the model", patient=True):
+            self._on_main(write)
         self._finished = True
 
     def _summarise(self, status: str, error: str | None) -> None:

@@ -56,7 +56,7 @@ def test_merged_and_base_weights_of_an_adapter(model, tiny_model_dir):
 
 def test_the_saved_adapter_is_peft_s(model, tiny_model_dir, tmp_path):
     policy = adapted(model, use_rslora=True)
-    ModelWeights(policy).save_adapter(tmp_path)
+    ModelWeights(policy).adapter()(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_rslora"]
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path).eval()
     ids = torch.arange(12)[None]

@@ -14,7 +14,7 @@ from torch import nn
 from llmrl.errors import ConfigError, DivergenceError, LLMRLError
 from llmrl.train.backend import Backend
 from llmrl.train.collectives import Collectives, reduce_stats
-from llmrl.train.launch import check_launcher, check_world_size
+from llmrl.train.launch import check_world_size, read_launch
 from tests.processes import run_processes
 from tests.train.toy import Toy, batches_of, empty_batch, toy_config, toy_loss
 
@@ -107,7 +107,7 @@ def distributed_worker(out):
     with pytest.raises(ConfigError, match=r"got no gradient.*extra\.weight, extra\.bias"):
         prepared(out, unused).update(mine[:1], toy_loss, empty_batch)
     if rank == 0:  # the other one never comes
-        with pytest.raises(LLMRLError, match="another process died or hangs"):
+        with pytest.raises(LLMRLError, match="rank 1 .*can.t go on"):
             backend.barrier(timeout=timedelta(seconds=1))
 
 
@@ -224,7 +224,7 @@ def test_fp16_finds_its_scale_without_counting(tmp_path):
         skipped += 1
     assert skipped > 0 and backend.scaler.get_scale() == 2.0 ** (127 - skipped)
     state = backend.scaler.state_dict()
-    backend.save_state(tmp_path, [backend.rng_state()])
+    backend.gather_state()(tmp_path)
     other = prepared(tmp_path, Toy(dtype=torch.float32), mixed_precision="fp16")
     other.load_state(tmp_path)
     assert other.scaler.get_scale() == state["scale"]
@@ -239,7 +239,7 @@ def test_ten_updates_equal_five_saved_five(tmp_path):
     run(whole, 10)
     first = prepared(tmp_path, Toy(dropout=0.3))
     run(first, 5)
-    first.save_state(tmp_path, [first.rng_state()])
+    first.gather_state()(tmp_path)
     weights = copy.deepcopy(first.unwrapped.state_dict())
     run(first, 2)  # what is lost when the process is killed
     second = prepared(tmp_path, Toy(dropout=0.3))
@@ -257,11 +257,20 @@ def test_full_parameters(tmp_path):
     assert not any(t.requires_grad for t in stream.values())
 
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "RANK": "0"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "0"}
+
+
 @pytest.mark.parametrize(
     "env, named",
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({**FSDP, "FSDP_VERSION": "1"}, "FSDP 1; llmrl shards with FSDP2"),
+        ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "gradient_checkpointing: true"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "ZeRO stage 1; llmrl runs stages 2 and 3"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "offloads to cpu"),
+        ({**ZERO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps: 4"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "started one process without a rank"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed precision fp8"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "torch.compile"),
     ],
@@ -273,8 +282,41 @@ def test_launchers_that_ask_for_more_are_refused(tmp_path, monkeypatch, env, nam
         Backend(toy_config(tmp_path))
 
 
+def test_half_precision_with_a_loss_scale_is_not_sharded():
+    with pytest.raises(ConfigError, match="fp16 does not go with sharded training"):
+        read_launch(FSDP, "fp16")
+
+
+def test_what_a_launch_file_says():
+    assert read_launch({}, "bf16").strategy == "ddp"
+    offload = {
+        "FSDP_OFFLOAD_PARAMS": "true",
+        "FSDP_RESHARD_AFTER_FORWARD": "false",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "A,B",
+    }
+    fsdp = read_launch({**FSDP, **offload}, "bf16")
+    assert (fsdp.strategy, fsdp.offload_params, fsdp.reshard_after_forward) == ("fsdp2", True, False)
+    assert fsdp.layer_classes == ("A", "B") and read_launch(FSDP, "no").layer_classes == ()
+    zero = read_launch({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "no")
+    assert (zero.strategy, zero.zero) == ("zero3", {"zero_optimization": {"stage": 3}})
+
+
+def test_a_deepspeed_file_keeps_what_is_not_the_recipes(tmp_path):
+    file = tmp_path / "ds.json"
+    env = {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    stage = {"stage": 2, "reduce_bucket_size": 1000}
+    file.write_text(json.dumps({"zero_optimization": stage, "gradient_clipping": 1.0, "train_batch_size": "auto"}))
+    assert read_launch(env, "no").zero == {"zero_optimization": stage}
+    file.write_text(json.dumps({"zero_optimization": stage, "bf16": {"enabled": True}}))
+    with pytest.raises(ConfigError, match="'bf16'; the recipe decides"):
+        read_launch(env, "bf16")
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_launch(env, "bf16")
+
+
 def test_what_accelerate_launch_sets_by_default_is_fine():
-    check_launcher({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}, "bf16")
+    read_launch({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}, "bf16")
     check_world_size({"ACCELERATE_MIXED_PRECISION": "no"}, 1, None)
     check_world_size({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, 2, None)
 

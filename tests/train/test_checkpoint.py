@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from llmrl.train.checkpoint import CheckpointError, CheckpointStore, step_of, verify
+from llmrl.train.checkpoint import CheckpointError, CheckpointStore, step_of, verify, written
 
 
 def write(text):
@@ -23,6 +23,19 @@ def write(text):
     return writer
 
 
+def save(store, step, writer):
+    """As a run of one process saves."""
+    directory = store.begin(step)
+    try:
+        with store.explained(step):
+            writer(directory)
+            files = written(directory)
+        return store.finish(step, files)
+    except BaseException:
+        store.abandon(step)
+        raise
+
+
 def text_of(path):
     return json.loads((path / "state.json").read_text())["text"]
 
@@ -31,14 +44,14 @@ def test_saves_points_and_prunes(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     assert store.newest() is None and store.all() == []
     for step in (5, 10, 15):
-        path = store.save(step, write(str(step)))
+        path = save(store, step, write(str(step)))
         assert store.newest() == path == tmp_path / "checkpoints" / f"step_{step:08d}"
         assert verify(path) == ""
     assert [step_of(p) for p in store.all()] == [10, 15]
     assert sorted(p.name for p in store.root.iterdir()) == ["latest", "step_00000010", "step_00000015"]
     keep_all = CheckpointStore(tmp_path / "all", keep=None)
     for step in (1, 2, 3):
-        keep_all.save(step, write("x"))
+        save(keep_all, step, write("x"))
     assert len(keep_all.all()) == 3
 
 
@@ -55,22 +68,22 @@ def test_saves_points_and_prunes(tmp_path):
 )
 def test_walks_back_from_a_damaged_one(tmp_path, damage, why):
     store = CheckpointStore(tmp_path, keep=None)
-    store.save(1, write("old"))
-    new = store.save(2, write("new"))
+    save(store, 1, write("old"))
+    new = save(store, 2, write("new"))
     damage(new)
     assert why in verify(new)
     assert text_of(store.newest()) == "old"
-    store.save(2, write("again"))  # the damaged one does not stop a new save of its step
+    save(store, 2, write("again"))  # the damaged one does not stop a new save of its step
     assert text_of(store.newest()) == "again"
 
 
 def test_the_pointer_wins_over_a_later_step_and_the_other_branch_is_pruned(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     for step in (10, 20):
-        store.save(step, write(str(step)))
+        save(store, step, write(str(step)))
     store.point_to(store.path(10))  # resumed from the earlier one
     assert step_of(store.newest()) == 10
-    store.save(15, write("15"))
+    save(store, 15, write("15"))
     assert [step_of(p) for p in store.all()] == [10, 15]
     (tmp_path / "latest").write_text("../../etc")
     assert step_of(store.newest()) == 15
@@ -95,29 +108,29 @@ def failing_fsync(k, error):
 @pytest.mark.parametrize("k", range(6))
 def test_full_disk_while_flushing(tmp_path, monkeypatch, k):
     store = CheckpointStore(tmp_path, keep=1)
-    store.save(1, write("old"))
+    save(store, 1, write("old"))
     monkeypatch.setattr(os, "fsync", failing_fsync(k, errno.ENOSPC))
     with pytest.raises(CheckpointError, match=r"step 2 could not be written.*No space left.*Make room"):
-        store.save(2, write("new"))
+        save(store, 2, write("new"))
     monkeypatch.undo()
     assert text_of(store.newest()) in ("old", "new") if k >= 5 else text_of(store.newest()) == "old"
     assert not list(tmp_path.glob(".tmp_step*"))
-    store.save(3, write("later"))
+    save(store, 3, write("later"))
     assert text_of(store.newest()) == "later"
 
 
 def test_full_disk_while_writing(tmp_path):
     store = CheckpointStore(tmp_path)
-    store.save(1, write("old"))
+    save(store, 1, write("old"))
 
     def full(directory):
         (directory / "part").write_text("x")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(CheckpointError, match="No space left"):
-        store.save(2, full)
+        save(store, 2, full)
     with pytest.raises(ZeroDivisionError):  # a bug is not dressed up as a full disk
-        store.save(2, lambda directory: 1 / 0)
+        save(store, 2, lambda directory: 1 / 0)
     assert text_of(store.newest()) == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
 
@@ -136,7 +149,7 @@ def test_every_file_is_flushed_before_the_rename(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
-    CheckpointStore(tmp_path).save(1, write("x"))
+    save(CheckpointStore(tmp_path), 1, write("x"))
     assert at_rename == [set()]
     assert tmp_path.stat().st_ino in flushed and (tmp_path / "latest").stat().st_ino in flushed
 
@@ -147,6 +160,7 @@ import json, os, sys
 from pathlib import Path
 sys.path.insert(0, {repo!r})
 from llmrl.train.checkpoint import CheckpointStore
+from tests.train.test_checkpoint import save
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree")
 left = None
@@ -177,21 +191,21 @@ outcomes = []
 for k in range(1000):
     root = Path({root!r}) / str(k)
     store = CheckpointStore(root, keep=1)
-    store.save(1, write("first"))
+    save(store, 1, write("first"))
     if resave:
         store.keep = None
-        store.save(2, write("damaged"))
+        save(store, 2, write("damaged"))
         (store.path(2) / "state.json").write_text("")
     pid = os.fork()
     if pid == 0:
         left = k
-        store.save(2, write("second"))
+        save(store, 2, write("second"))
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     newest = store.newest()
     assert newest is not None, k
     outcomes.append(text_of(newest))
-    CheckpointStore(root, keep=1).save(3, write("third"))  # and the run goes on
+    save(CheckpointStore(root, keep=1), 3, write("third"))  # and the run goes on
     assert text_of(store.newest()) == "third"
     assert sorted(p.name for p in root.iterdir()) == ["latest", "step_00000003"], list(root.iterdir())
     if code == 0:

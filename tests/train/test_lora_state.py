@@ -50,7 +50,7 @@ def test_only_the_adapter_has_optimizer_state_and_it_comes_back(adapted, tmp_pat
 
     backend = adapted()
     backend.update([0], lora_loss, lambda: 0)
-    backend.save_state(tmp_path, [backend.rng_state()])
+    backend.gather_state()(tmp_path)
     saved = load_file(tmp_path / "optimizer.safetensors")
     assert saved and all("lora_" in name for name in saved)
     other = adapted()

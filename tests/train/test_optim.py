@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from llmrl.errors import ConfigError
+from llmrl.train.collectives import Collectives
 from llmrl.train.optim import (
     build_optimizer,
     decays,
     learning_rate_at,
-    load_optimizer_tensors,
-    optimizer_tensors,
     warmup_updates,
 )
+from llmrl.train.optim_state import OptimizerReader, Piece, held, write_pieces
+from llmrl.train.replicated import Replicated
 from tests.train.toy import Toy, toy_config
 
 
@@ -97,21 +99,44 @@ def take_step(module, optimizer):
     optimizer.zero_grad()
 
 
+def strategy_of(module, config):
+    strategy = Replicated(Collectives(0, 1, torch.device("cpu")))
+    strategy.prepare(module, lambda m: build_optimizer(m, config))
+    return strategy
+
+
 def test_state_goes_through_names(tmp_path):
     config = toy_config(tmp_path, weight_decay=0.1)
-    module = Toy()
-    optimizer = build_optimizer(module, config)
-    take_step(module, optimizer)
-    tensors = {name: t.clone() for name, t in optimizer_tensors(optimizer, module).items()}
-    assert {n.rpartition(":")[2] for n in tensors} == {"step", "exp_avg", "exp_avg_sq"}
-    twin = Toy()
+    module, twin = Toy(), Toy()
+    one, other = strategy_of(module, config), strategy_of(twin, config)
+    take_step(module, one.optimizer)
+    pieces = held(one.optimizer_pieces())
+    assert {p.key for p in pieces} == {"step", "exp_avg", "exp_avg_sq"}
+    write_pieces(tmp_path, pieces)
     twin.load_state_dict(module.state_dict())
-    other = build_optimizer(twin, config)
-    load_optimizer_tensors(other, twin, tensors)
-    for m, o in ((module, optimizer), (twin, other)):
-        take_step(m, o)
+    other.load_optimizer(OptimizerReader(tmp_path))
+    for m, o in ((module, one), (twin, other)):
+        take_step(m, o.optimizer)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), twin.parameters()))
+    write_pieces(tmp_path, [*pieces, Piece("gone", "exp_avg", torch.zeros(1))])
     with pytest.raises(ConfigError, match="does not belong to this model: gone is not a trainable parameter"):
-        load_optimizer_tensors(other, twin, {**tensors, "gone:exp_avg": torch.zeros(1)})
-    with pytest.raises(ConfigError, match=r"head.bias is \(1,\) here"):
-        load_optimizer_tensors(other, twin, {**tensors, "head.bias:exp_avg": torch.zeros(2)})
+        other.load_optimizer(OptimizerReader(tmp_path))
+    write_pieces(tmp_path, [replace(p, tensor=torch.zeros(2)) if p.name == "head.bias" else p for p in pieces])
+    with pytest.raises(ConfigError, match=r"head.bias is \(1,\) here and \(2,\) in the checkpoint"):
+        other.load_optimizer(OptimizerReader(tmp_path))
+
+
+def test_rows_that_several_processes_wrote_are_found(tmp_path):
+    whole = torch.arange(14.0).reshape(7, 2)
+    for writer, (first, stop) in enumerate([(0, 3), (3, 6), (6, 7)]):
+        pieces = [Piece("w", "exp_avg", whole[first:stop], first, 7)]
+        pieces += [Piece("w", "step", torch.tensor(4.0))] if writer == 0 else []
+        write_pieces(tmp_path, held(pieces), writer, 3)
+    reader = OptimizerReader(tmp_path)
+    reader.check({"w": (7, 2)})
+    assert torch.equal(reader.whole("w", "exp_avg"), whole) and reader.whole("w", "step") == 4
+    for first in range(8):
+        for stop in range(first, 8):
+            assert torch.equal(reader.rows("w", "exp_avg", first, stop), whole[first:stop])
+    with pytest.raises(ConfigError, match=r"w is \(8, 2\) here and \(7, 2\) in the checkpoint"):
+        reader.check({"w": (8, 2)})

@@ -45,7 +45,7 @@ class ToyTrainer:
             kind="toy",
             total_steps=total_steps,
             stateful={"sampler": self.sampler},
-            save_model=self.save_model,
+            gather_model=lambda: self.save_model,
             load_model=lambda path: self.model.load_state_dict(torch.load(path / "weights.pt", weights_only=True)),
             callbacks=callbacks,
             trainer=self,
@@ -191,7 +191,7 @@ def test_other_recipes_are_not_continued(tmp_path):
     with pytest.raises(ConfigError, match="is of a toy run, this is a grpo run"):
         Run(
             toy_config(tmp_path, save_steps=2, lr_scheduler_type="constant", seed=3), trainer.backend, kind="grpo",
-            total_steps=2, save_model=print, load_model=print,
+            total_steps=2, gather_model=lambda: print, load_model=print,
         )  # fmt: skip
 
 
@@ -250,7 +250,7 @@ def test_full_disk_stops_with_the_old_checkpoint_whole(tmp_path):
         if trainer.run.step == 4:
             raise OSError(28, "No space left on device")
 
-    trainer.run.save_model = full
+    trainer.run.gather_model = lambda: full
     with pytest.raises(CheckpointError, match="step 4 could not be written"):
         trainer.train()
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
