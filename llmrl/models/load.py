@@ -64,7 +64,7 @@ def load_frozen(config: ModelFields, name: str, tokenizer: Any) -> Any:
     Raises ConfigError where it, or its own tokenizer if it has one, knows these tokens by other ids.
     """
     own = {"model_name_or_path": name, "model_revision": "main", "tokenizer_name_or_path": None, "chat_template": None}
-    source = Source(config.model_copy(update={**own, "lora": None}), key="ref_model_name_or_path")
+    source = Source(config.model_copy(update={**own, "lora": None, "quantization": None}), key="ref_model_name_or_path")
     model = source.model()
     rows = model.get_input_embeddings().weight.shape[0]
     try:
