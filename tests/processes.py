@@ -12,7 +12,7 @@ import runpy
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -48,19 +48,10 @@ def run_processes(target: Callable[..., None], processes: int, *args: Any, timeo
 
 def _run(target: Callable[..., None], processes: int, args: tuple[Any, ...], timeout: float) -> Ended:
     """When one process fails the others are killed: they would wait for it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    port = _free_port()
     with TemporaryDirectory() as directory:
         out, err = Path(directory, "out"), Path(directory, "err")
-        started = []
+        started = start_processes(target, args, [(out, err)] * processes)
         try:
-            for rank in range(processes):
-                environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-                environment |= _ranks(rank, processes, port)
-                process = context.Process(target=_enter, args=(environment, str(out), str(err), target, args))
-                process.start()
-                started.append(process)
             running, deadline = started, time.monotonic() + timeout
             while running and not any(p.exitcode for p in started):
                 if not wait([p.sentinel for p in running], max(0.0, deadline - time.monotonic())):
@@ -71,6 +62,23 @@ def _run(target: Callable[..., None], processes: int, args: tuple[Any, ...], tim
             for process in started:
                 process.kill()
                 process.join()
+
+
+def start_processes(
+    target: Callable[..., None], args: tuple[Any, ...], outputs: Sequence[tuple[Path, Path]]
+) -> list[Any]:
+    """Starts `target(*args)` once for each (standard output, standard error); whoever calls ends and joins the processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    port = _free_port()
+    started = []
+    for rank, (out, err) in enumerate(outputs):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= _ranks(rank, len(outputs), port)
+        process = context.Process(target=_enter, args=(environment, str(out), str(err), target, args))
+        process.start()
+        started.append(process)
+    return started
 
 
 def _ranks(rank: int, processes: int, port: int) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Sums, gathers and barriers over the processes; in one process they are the identity. Nothing is ever pickled."""
+"""Sums, gathers and barriers over the processes; in one process they are the identity. Nothing is ever pickled.
+
+Each one raises LostProcessError, which says where every process stands, when another process is lost or does not come in time.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,29 @@ from typing import Any, overload
 import torch
 import torch.distributed as dist
 
-from llmrl.errors import LLMRLError
+from llmrl.train.standing import Standing
 
-TIMEOUT = timedelta(minutes=60)  # a rank may wait for the slowest rollout, or for rank 0 to write a large checkpoint
+_NCCL_MARGIN = timedelta(seconds=60)
+
+
+def transport_timeout(seconds: float, device_type: str) -> timedelta:
+    """What a process group is given. NCCL's own watchdog aborts the process: `Standing` must have spoken and ended it before."""
+    return timedelta(seconds=seconds) + (_NCCL_MARGIN if device_type == "cuda" else timedelta())
 
 
 class Collectives:
     """`rank` of `world_size` processes; `device` is where the tensors of `group` (None: the default process group) live."""
 
     def __init__(
-        self, rank: int, world_size: int, device: torch.device, group: dist.ProcessGroup | None = None
+        self,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        standing: Standing | None = None,
     ) -> None:
         self.rank, self.world_size, self.device, self.group = rank, world_size, device, group
+        self.standing = standing or Standing(rank, world_size)
 
     def second_channel(self) -> Collectives:
         """Collectives of their own, over gloo, for a thread beside the one that uses these; all processes must make it.
@@ -30,9 +44,9 @@ class Collectives:
         On one group, what two threads send is told apart by the order alone, which differs from process to process.
         """
         if self.world_size == 1:
-            return Collectives(self.rank, self.world_size, torch.device("cpu"))
-        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        return Collectives(self.rank, self.world_size, torch.device("cpu"), group)
+            return Collectives(self.rank, self.world_size, torch.device("cpu"), standing=self.standing)
+        group = dist.new_group(backend="gloo", timeout=transport_timeout(self.standing.timeout, "cpu"))
+        return Collectives(self.rank, self.world_size, torch.device("cpu"), group, self.standing)
 
     @overload
     def global_sum(self, values: torch.Tensor) -> torch.Tensor: ...
@@ -46,9 +60,10 @@ class Collectives:
         total = torch.as_tensor(values, dtype=torch.float64).detach().clone()
         if self.world_size > 1:
             home = total.device
-            total = total.to(self.device)
-            dist.all_reduce(total, group=self.group)
-            total = total.to(home)
+            with self.standing.during("global_sum", waits=True):
+                total = total.to(self.device)
+                dist.all_reduce(total, group=self.group)
+                total = total.to(home)
         return total if is_tensor else total.tolist()
 
     def global_max(self, value: int) -> int:
@@ -56,14 +71,19 @@ class Collectives:
         if self.world_size == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
-        return int(tensor)
+        with self.standing.during("global_max", waits=True):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+            return int(tensor)
 
     def gather_json(self, value: Any) -> list[Any]:
         """Every process's `value`, by rank, on every process. Values are what JSON can hold, NaN and infinity included."""
         if self.world_size == 1:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        with self.standing.during("gather_json", waits=True):
+            return self._gather_bytes(mine)
+
+    def _gather_bytes(self, mine: torch.Tensor) -> list[Any]:
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(mine)], dtype=torch.int64, device=self.device), group=self.group)
         lengths = [int(size) for size in sizes]
@@ -77,7 +97,10 @@ class Collectives:
         """Rank 0's `value` on every process."""
         if self.world_size == 1:
             return value
-        data = json.dumps(value).encode() if self.rank == 0 else b""
+        with self.standing.during("broadcast_json", waits=True):
+            return self._broadcast_bytes(json.dumps(value).encode() if self.rank == 0 else b"")
+
+    def _broadcast_bytes(self, data: bytes) -> Any:
         size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
         dist.broadcast(size, src=0, group=self.group)
         buffer = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
@@ -86,21 +109,18 @@ class Collectives:
         dist.broadcast(buffer, src=0, group=self.group)
         return json.loads(buffer.cpu().numpy().tobytes())
 
-    def barrier(self, timeout: timedelta = TIMEOUT) -> None:
-        """Waits for all processes. Raises LLMRLError when one does not come in time."""
+    def barrier(self, timeout: timedelta | None = None) -> None:
+        """Waits for all processes, `collective_timeout` at most. Raises LLMRLError when one does not come in time."""
         if self.world_size == 1:
             return
-        try:
+        with self.standing.during("barrier", waits=True):
             if dist.get_backend(self.group) == "gloo":
+                within = timeout or timedelta(seconds=self.standing.timeout)
                 dist.monitored_barrier(
-                    self.group, timeout=timeout, wait_all_ranks=True
+                    self.group, timeout=within, wait_all_ranks=True
                 )  # names the ranks that are missing
             else:
                 dist.barrier(group=self.group)
-        except RuntimeError as error:
-            raise LLMRLError(
-                f"rank {self.rank} of {self.world_size} waited {timeout} at a barrier; another process died or hangs: {error}"
-            ) from error
 
 
 def reduce_stats(parts: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
