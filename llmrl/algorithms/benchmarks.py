@@ -65,12 +65,15 @@ class Benchmarks:
         trainer, metrics = self.trainer, dict[str, float]()
         rank, world = trainer.backend.rank, trainer.backend.world_size
         folder = Path(self.config.output_dir) / "evaluations" / f"step_{step:08d}"
+        if engine is None and self.tasks:
+            engine = self._own_engine()
+            engine.sync_weights(trainer.backend.policy_weights(), step)
         for task in self.tasks:
             spec = task.spec
-            assert task.scorer is not None and task.template is not None
+            assert engine is not None and task.scorer is not None and task.template is not None
             result = evaluate(
                 task.prompts[rank::world],
-                engine or self._own_engine(),
+                engine,
                 task.scorer,
                 n=spec.n,
                 sampling=Sampling(
@@ -144,6 +147,11 @@ class Benchmarks:
 
     def _own_engine(self) -> RolloutEngine:
         trainer = self.trainer
+        backend = trainer.backend
         return LocalEngine(
-            trainer.module, trainer.tokenizer, stop_token_ids=trainer.stop_ids, autocast=trainer.backend.autocast
+            trainer.module,
+            trainer.tokenizer,
+            stop_token_ids=trainer.stop_ids,
+            autocast=backend.autocast,
+            separate=backend.device if backend.strategy.shards_parameters else None,
         )

@@ -41,6 +41,11 @@ class PackedModel(nn.Module):
             base.set_attn_implementation(NAME)
 
     @property
+    def base(self) -> Any:
+        """The Hugging Face model, without the adapter around it."""
+        return self._parts[0]
+
+    @property
     def backbone(self) -> nn.Module:
         """The model without its output layer; its `last_hidden_state` is what that reads."""
         return self._parts[0].base_model

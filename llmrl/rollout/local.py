@@ -6,6 +6,7 @@ together; finished rows leave the batch, and waiting prompts take their place.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from llmrl.errors import RolloutError
 from llmrl.models.attention import PackedLayout
 from llmrl.models.decode import BLOCK, DecodeCache, DecodeLayout
 from llmrl.models.forward import PolicyModule
+from llmrl.models.twin import Twin
 from llmrl.rollout.sampling import draw, uniforms
 from llmrl.types import Completion, FinishReason, OnGroup, PolicyWeights, Prompt, Rollout, Sampling, SyncReport
 
@@ -58,6 +60,7 @@ class LocalEngine:
     module: the PolicyModule, or a Hugging Face causal LM to put into one. stop_token_ids: any of them ends a completion and is its last
     token. max_batch_tokens: rows x (longest prompt + max_tokens) decoded at once; a single row may exceed it.
     autocast: makes the context that training forwards run in. progress: see `Progress`.
+    separate: the module is sharded, so it samples from a plain copy on this device, which has weights from `sync_weights` until `rest`.
     Models that can't be packed are decoded with a cache of their own, a batch of equally long prompts at a time: slower, same results.
 
     Example: LocalEngine(model, tokenizer, stop_token_ids=(2,)).generate([prompt], 8, Sampling(max_tokens=64))[0][3].completion.text
@@ -72,8 +75,11 @@ class LocalEngine:
         max_batch_tokens: int = 262_144,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Progress | None = None,
+        separate: torch.device | None = None,
     ) -> None:
-        self.module = module if isinstance(module, PolicyModule) else PolicyModule(module)
+        module = module if isinstance(module, PolicyModule) else PolicyModule(module)
+        self._twin = None if separate is None else Twin(module, separate)
+        self.module = module if self._twin is None else self._twin.module
         self.tokenizer = tokenizer
         self.stop_token_ids = frozenset(stop_token_ids)
         self.max_batch_tokens = max_batch_tokens
@@ -84,9 +90,12 @@ class LocalEngine:
         self.config: Any = self.module.model.config.get_text_config()  # type: ignore[operator, union-attr]
 
     def sync_weights(self, weights: PolicyWeights | None, version: int) -> SyncReport:
-        """Sets the version that completions carry; the weights are the trainer's own and `weights` is not read."""
+        """Sets the version that completions carry; `weights` are read where they are not the trainer's own."""
         self.version = version
-        return SyncReport(version)
+        if self._twin is None or weights is None:
+            return SyncReport(version)
+        began = time.perf_counter()
+        return SyncReport(version, *self._twin.load(weights), seconds=time.perf_counter() - began)
 
     def probe(self, ids: Sequence[int], sampling: Sampling) -> list[Completion]:
         """Empty: there is no other copy of the weights."""
@@ -96,7 +105,9 @@ class LocalEngine:
         """Nothing to compare."""
 
     def rest(self) -> None:
-        """Nothing is held between calls."""
+        """Lets go of a separate copy's weights; else nothing is held between calls."""
+        if self._twin is not None:
+            self._twin.release()
 
     def close(self) -> None:
         """Nothing to let go of."""

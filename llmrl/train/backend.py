@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from llmrl.errors import ConfigError, DivergenceError, together
 from llmrl.models.weights import ModelWeights
 from llmrl.train.collectives import Collectives, reduce_stats, transport_timeout
-from llmrl.train.launch import check_world_size, read_launch, without_accelerates_sharding
+from llmrl.train.launch import check_sharded, check_world_size, read_launch, without_accelerates_sharding
+from llmrl.train.offload import offload_activations
 from llmrl.train.optim import build_optimizer, learning_rate_at
 from llmrl.train.optim_state import OptimizerReader, held, write_pieces
 from llmrl.train.replicated import Replicated, leave_out
@@ -277,7 +278,7 @@ class Backend(Collectives):
         for i, batch in enumerate(_padded(microbatches, count, empty)):
             self.standing.at(f"microbatch {i + 1}/{count}")
             with self.strategy.reducing(last=i == count - 1):
-                with self.autocast():
+                with self.autocast(), self._kept():
                     loss, values = loss_fn(self.module, batch)
                 scaled = loss * self.world_size
                 self.strategy.backward(scaled if self.scaler is None else self.scaler.scale(scaled))
@@ -285,6 +286,10 @@ class Backend(Collectives):
             if i < len(microbatches):
                 stats += [(name, torch.as_tensor(value).detach()) for name, value in values.items()]
         return losses, stats
+
+    def _kept(self) -> AbstractContextManager[Any]:
+        """Around a forward: where what its backward needs waits for it."""
+        return offload_activations(self.device) if self.config.activation_offloading else nullcontext()
 
     def _measure(
         self, losses: list[torch.Tensor], stats: list[tuple[str, torch.Tensor]]
@@ -323,6 +328,7 @@ class Backend(Collectives):
     def _make_strategy(self) -> Replicated:
         if self.launch.strategy == "ddp":
             return Replicated(self)
+        check_sharded(self.config, self.launch.strategy)
         if self.launch.strategy == "fsdp2":
             from llmrl.train.fsdp import FullySharded
 

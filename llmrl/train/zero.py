@@ -121,6 +121,7 @@ class Zero(Replicated):
     def optimizer_pieces(self) -> Iterator[Piece]:
         """Whole tensors, each gathered by all and written by one, in turn: their flat partitions fit no other number of processes."""
         steps = self._steps()
+        self._link_moments()
         parameters = dict(self.unwrapped.named_parameters())
         for number, (name, step) in enumerate(steps.items()):
             mine = number % self.processes.world_size == self.processes.rank
@@ -144,8 +145,7 @@ class Zero(Replicated):
                     "step": reader.whole(kept[0], "step").to(flat.device),
                     **{key: torch.zeros_like(flat) for key in _MOMENTS},
                 }
-        if not self.shards_parameters:
-            self._zero._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
         for name in names:
             for key in _MOMENTS if reader.keys(name) else ():
                 value = reader.whole(name, key).to(self.processes.device)
@@ -178,6 +178,12 @@ class Zero(Replicated):
         if torch.bfloat16 in dtypes:
             config["bf16"] = {"enabled": True}
         return config
+
+    def _link_moments(self) -> None:
+        """Stage 2 lets its parameters know of their moments once, at the first step of the first group, where other groups have none."""
+        if not self.shards_parameters:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def _flats(self) -> list[list[Tensor]]:
         """The flat tensors of this process, by group of the optimizer: what it steps on."""
