@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrl.models.load import is_adapted
+from llmrl.models.quantize import is_quantized, plain_weights
 
 Whole = Callable[[Tensor], Tensor]
 """Gives a parameter in full: where parameters are sharded, all processes call it, in the same order."""
@@ -74,6 +75,8 @@ def _beyond_factors(model: Any) -> str:
     base = model.get_base_model()
     head = base.get_output_embeddings()
     for path, module in base.named_modules():
+        if is_quantized(module):
+            return "quantised weights"
         if hasattr(module, "get_delta_weight") and (
             module is head or not isinstance(module.get_base_layer(), nn.Linear)
         ):
@@ -90,7 +93,7 @@ def _rank(model: Any) -> int:
 def full_parameters(model: Any, *, merge: bool = True, whole: Whole = _as_it_is) -> Iterator[tuple[str, Tensor]]:
     """(name in the plain model, whole tensor) of every parameter, one layer at a time; tied ones once.
 
-    Adapters are merged in, or with `merge` False left out.
+    Adapters are merged in, or with `merge` False left out; quantised weights come as what is computed with.
     """
     base = model.get_base_model() if is_adapted(model) else model
     seen: set[int] = set()
@@ -99,6 +102,10 @@ def full_parameters(model: Any, *, merge: bool = True, whole: Whole = _as_it_is)
         if inside is not None and path.startswith(inside):
             continue
         inside = None
+        if is_quantized(module) or is_quantized(getattr(module, "base_layer", None)):
+            inside = f"{path}."
+            yield from ((inside + name, tensor) for name, tensor in plain_weights(module, merge=merge).items())
+            continue
         if hasattr(module, "get_delta_weight") or hasattr(module, "modules_to_save"):
             inside = f"{path}."
         plain = _plain(_whole_layer(module, whole), merge) if inside else module

@@ -158,6 +158,21 @@ def _is_on(env: Mapping[str, str], name: str) -> bool:
     return env.get(name, "").lower() in ("true", "1")
 
 
+def check_sharded(config: Any, strategy: str) -> None:
+    """Raises ConfigError for keys of a recipe (of ModelFields and TrainFields) that need whole parameters on every process."""
+    refused = []
+    if config.optimizer == "adamw_8bit":
+        refused.append("optimizer: adamw_8bit (bitsandbytes updates whole tensors; sharded moments are small already)")
+    if config.quantization is not None:
+        refused.append(
+            f"quantization: {config.quantization} (packed codes can't be cut into rows; weights are divided already)"
+        )
+    if refused:
+        raise ConfigError(
+            f"{' and '.join(refused)} does not go with {strategy}: leave it out, or launch with single or ddp"
+        )
+
+
 def check_world_size(env: Mapping[str, str], world_size: int, num_processes: int | None) -> None:
     """Refuses a number of processes that differs from the recipe's or the launcher's.
 

@@ -1,4 +1,4 @@
-"""What need not be on the GPU all the time, in host memory: activations until their backward, a frozen model until it scores.
+"""Activations in host memory until their backward.
 
 Copies go through page-locked memory on the stream that computes, so nothing waits for them on the host and no order can be wrong.
 """
@@ -52,30 +52,3 @@ def _is_parameter(tensor: Tensor) -> bool:
 def _to_host(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
-
-
-class HostResident:
-    """A frozen module whose weights live in host memory and are on `device` inside a `with` block alone.
-
-    Nothing is copied back: what the block does to the weights is lost. On the CPU nothing is moved.
-
-    Example: reference = HostResident(module, device); with reference: module(batch)
-    """
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module, self.device = module, device
-        self._host: list[tuple[Tensor, Tensor]] = []
-        if device.type == HOST:
-            return
-        for tensor in (*module.to(device).parameters(), *module.buffers()):
-            tensor.data = _to_host(tensor)
-            self._host.append((tensor, tensor.data))
-
-    def __enter__(self) -> nn.Module:
-        for tensor, host in self._host:
-            tensor.data = host.to(self.device, non_blocking=True)
-        return self.module
-
-    def __exit__(self, *error: object) -> None:
-        for tensor, host in self._host:
-            tensor.data = host

@@ -15,6 +15,7 @@ from llmrl.models.load import load_policy, read_weights, save_model
 from llmrl.models.quantize import is_quantized, plain_weights, quantization_config
 from llmrl.models.scorer import load_scorer
 from llmrl.models.source import new_adapter
+from llmrl.models.weights import ModelWeights
 from tests.models.families import batch_of, gradients
 
 
@@ -117,6 +118,23 @@ def test_merged_weights_compute_what_the_adapted_model_does(bnb, tiny_model_dir,
     merged = plain_weights(layer, merge=True)
     assert torch.allclose(layer(x), nn.functional.linear(x, merged["weight"], merged["bias"]), atol=1e-4)
     assert not layer.merged and not torch.equal(merged["weight"], plain_weights(layer, merge=False)["weight"])
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]], ids=["all", "some"])
+def test_the_stream_for_engines_is_a_plain_model_that_computes_the_same(bnb, tiny_model_dir, quantization, targets):
+    lora = {"r": 4, "target_modules": targets}
+    model, _ = load_policy(fields(tiny_model_dir, quantization=quantization, lora=lora))
+    _train(model)
+    weights = ModelWeights(model)
+    assert weights.adapter_rank is None and weights.merged_because == "quantised weights"
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    shapes = {n: p.shape for n, p in plain.named_parameters()}
+    assert {n: t.shape for n, t in weights} == {n: t.shape for n, t in weights.base()} == shapes
+    for stream, reference in ((weights, False), (weights.base(), True)):
+        plain.load_state_dict(dict(stream), strict=False)
+        want = PolicyModule(model)(batch_of(), reference=reference).logprobs
+        assert torch.allclose(PolicyModule(plain)(batch_of()).logprobs, want, atol=1e-4)
 
 
 def test_an_adapter_comes_back_and_may_be_continued(bnb, tiny_model_dir, tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 
 from llmrl.errors import ConfigError
 from llmrl.train.backend import Backend
+from llmrl.train.launch import check_sharded
 from llmrl.train.optim import build_optimizer
 from llmrl.train.optim_state import OptimizerReader, write_pieces
 from tests.train.toy import toy_config
@@ -45,10 +46,25 @@ def backend_of(path, **settings):
 
 
 def test_what_is_said_without_bitsandbytes(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     monkeypatch.delitem(sys.modules, "llmrl.train.adamw8bit", raising=False)
     with pytest.raises(ConfigError, match=r"adamw_8bit needs bitsandbytes, .*pip install bitsandbytes"):
         build_optimizer(Net(), toy_config(tmp_path, optimizer="adamw_8bit"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"optimizer": "adamw_8bit"}, "optimizer: adamw_8bit"),
+        ({"quantization": "nf4", "lora": {}}, "quantization: nf4"),
+        ({"optimizer": "adamw_8bit", "quantization": "int8", "lora": {}}, "adamw_8bit .* and quantization: int8"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
+def test_where_parameters_or_moments_are_sharded_it_is_refused_by_name(tmp_path, strategy, keys, named):
+    with pytest.raises(ConfigError, match=f"{named} .* does not go with {strategy}: leave it out"):
+        check_sharded(toy_config(tmp_path, **keys), strategy)
+    check_sharded(toy_config(tmp_path), strategy)
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ from llmrl.config.model import ModelFields
 from llmrl.models.forward import PolicyModule
 from llmrl.models.load import load_policy
 from llmrl.train import offload
-from llmrl.train.offload import HostResident, offload_activations
+from llmrl.train.backend import Backend
+from llmrl.train.offload import offload_activations
 from tests.models.families import batch_of, gradients
+from tests.train.toy import Toy, batches_of, empty_batch, toy_config, toy_loss
 
 CPU = torch.device("cpu")
 
@@ -77,19 +79,14 @@ def test_on_the_cpu_everything_is_on_the_host_already():
     assert y.grad_fn._saved_result.data_ptr() == y.data_ptr()
 
 
-def test_a_frozen_model_is_on_the_device_only_while_it_is_asked(tiny_model_dir, moved):
-    model, _ = load_policy(ModelFields(model_name_or_path=str(tiny_model_dir)))
-    module = PolicyModule(model.requires_grad_(False))
-    want = module(batch_of()).logprobs
-    resident = HostResident(module, CPU)
-    at_home = {n: p.data_ptr() for n, p in module.named_parameters()}
-    with resident as same:
-        assert same is module and torch.equal(module(batch_of()).logprobs, want)
-    assert {n: p.data_ptr() for n, p in module.named_parameters()} == at_home
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert len(moved) == len(list(module.parameters())) + len(list(module.buffers()))
-    with torch.no_grad():
-        for parameter in module.parameters():  # as TR-DPO moves a reference, where it lives
-            parameter.mul_(0.5)
-    with resident:
-        assert not torch.equal(module(batch_of()).logprobs, want)
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_backend_keeps_activations_where_the_recipe_says(tmp_path, moved, asked):
+    backend = Backend(toy_config(tmp_path, activation_offloading=asked))
+    backend.prepare(Toy(), total_updates=1)
+    batches = batches_of([300, 200], 500)
+    backend.update(batches, toy_loss, empty_batch)
+    assert bool(moved) == asked
+    plain = Backend(toy_config(tmp_path))
+    plain.prepare(Toy(), total_updates=1)
+    plain.update(batches, toy_loss, empty_batch)
+    assert all(torch.equal(a, b) for a, b in zip(backend.unwrapped.parameters(), plain.unwrapped.parameters()))
