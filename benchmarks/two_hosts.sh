@@ -69,7 +69,7 @@ pairs = [(draw.randrange(100), draw.randrange(100)) for _ in range(64)]
     "def digits(completions, **kwargs):\n    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]\n"
 )
 PYTHON
-  llmrl init-model --output "$DIR/model" --train-files "$DIR/sft.jsonl" --vocab-size 300 --hidden-size 64 --num-layers 2 --num-heads 4 \
+  llmrl init-model --output "$DIR/model" --train-files "$DIR/sft.jsonl" --vocab-size 300 --hidden-size 64 --num-layers 2 --num-heads 2 \
     --max-position-embeddings 256 > "$DIR/model.log" 2>&1
   cat > "$DIR/sft.yaml" <<YAML
 model_name_or_path: $DIR/model
@@ -149,7 +149,11 @@ grpo() {
   chmod 600 "$DIR/token"
   VLLM_CPU_KVCACHE_SPACE=1 ip netns exec serve llmrl serve --model "$DIR/model" --host $NET.3 --port 8000 --max-model-len 256 --dtype float32 \
     --token-file "$DIR/token" > "$DIR/server.log" 2>&1 &
-  # Training waits for the server (rollout.start_timeout).
+  until ip netns exec train0 llmrl serve --check http://$NET.3:8000 --token-file "$DIR/token" > "$DIR/check.log" 2>&1; do
+    kill -0 $! 2> /dev/null || fail "the server ended"
+    sleep 1
+  done
+  say "grpo, $(head -n 1 "$DIR/check.log")"
   both grpo llmrl grpo --accelerate multi_node "${MACHINES[@]}" --config "$DIR/grpo.yaml" || fail "GRPO over two machines and a server"
   python - "$DIR" <<'PYTHON'
 import json, sys
