@@ -132,7 +132,7 @@ class Standing:
 
         Waits up to three seconds to hear what became of the others.
         """
-        if self.world_size == 1 or isinstance(error, LostProcessError):
+        if self.world_size == 1 or not isinstance(error, RuntimeError):
             return None
         if not isinstance(error, dist.DistError) and not _TRANSPORT.search(str(error)):
             return None
