@@ -153,7 +153,7 @@ grpo() {
     kill -0 $! 2> /dev/null || fail "the server ended"
     sleep 1
   done
-  say "grpo, $(head -n 1 "$DIR/check.log")"
+  say "llmrl serve on serve answers train0"
   both grpo llmrl grpo --accelerate multi_node "${MACHINES[@]}" --config "$DIR/grpo.yaml" || fail "GRPO over two machines and a server"
   python - "$DIR" <<'PYTHON'
 import json, sys

@@ -338,4 +338,4 @@ def test_every_launch_file_trains_to_the_same_numbers(name, recipe):
     done = llmrl("sft", "--accelerate", name, "--config", str(recipe / "sft.yaml"), f"output_dir={recipe / name}")
     assert done.returncode == 0, done.stderr
     assert losses(recipe / name) == pytest.approx(losses(recipe / "plain"), rel=1e-5)
-    assert json.loads((recipe / name / "summary.json").read_text())["world_size"] == (1 if name == "single" else 2)
+    assert json.loads((recipe / name / "summary.json").read_text())["processes"] == (1 if name == "single" else 2)
