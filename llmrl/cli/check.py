@@ -22,6 +22,7 @@ from llmrl.errors import ConfigError
 if TYPE_CHECKING:
     from llmrl.data.build import DatasetConfig
     from llmrl.models.shape import ModelShape
+    from llmrl.train.memory import MemoryEstimate
 
 KINDS = ("sft", "reward", "dpo", "ppo", "grpo")
 _USAGE = f"""usage: llmrl check {"|".join(KINDS)} --config RECIPE [key=value ...]
@@ -73,7 +74,7 @@ def check(config: Any, console: Console) -> list[str]:
     processes = config.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
     plan = solve(config, lengths, processes, packed=packing == "packed")
     _print_plan(console, config, plan, len(lengths), processes)
-    _print_memory(console, config, plan, shape)
+    _print_memory(console, config, plan, shape, processes)
     return problems
 
 
@@ -127,30 +128,52 @@ def _who_samples(config: SamplingConfig, plan: Plan) -> str:
     return f"sampled by vLLM in this process, with {rollout.gpu_memory_utilization:.0%} of the device's memory"
 
 
-def _print_memory(console: Console, config: DatasetConfig, plan: Plan, shape: ModelShape) -> None:
+def memory_of(
+    config: DatasetConfig, plan: Plan, shape: ModelShape, strategy: str = "ddp", processes: int = 1
+) -> MemoryEstimate:
+    """The estimate for one of the processes of a run by this plan, on the device of this machine; `strategy` as in train/launch.py."""
     import torch
 
     from llmrl.train.memory import estimate_memory
+    from llmrl.train.scale import SHARDINGS, spread
 
     cuda = torch.cuda.is_available()
-    chunk = head_chunk_bytes("cuda" if cuda else "cpu")
-    estimate = estimate_memory(
+    critic = _critic_shape(config) if isinstance(config, PPOConfig) and config.critic == "separate" else None
+    whole = estimate_memory(
         config,
         shape,
         microbatch_tokens=plan.largest_microbatch,
-        head_chunk_bytes=max(chunk, 16 * shape.vocab * 4),
+        head_chunk_bytes=max(head_chunk_bytes("cuda" if cuda else "cpu"), 16 * shape.vocab * 4),
         cache_tokens=plan.cache_tokens,
         decode_rows=plan.decode_rows,
-        critic=_critic_shape(config) if isinstance(config, PPOConfig) and config.critic == "separate" else None,
+        critic=critic,
         reward_model_bytes=_reward_model_bytes(config) if samples(config) else 0,
+        cuda=cuda,
     )
-    heading(console, f"Memory of one process on {'CUDA' if cuda else 'the CPU'}, estimated")
+    sharding = next(s for s in SHARDINGS if s.name == strategy)
+    return spread(whole, config, shape, sharding, processes, critic=critic)
+
+
+def _print_memory(console: Console, config: DatasetConfig, plan: Plan, shape: ModelShape, processes: int) -> None:
+    import torch
+
+    from llmrl.train.launch import check_sharded, read_launch
+
+    cuda = torch.cuda.is_available()
+    strategy = read_launch(os.environ, config.mixed_precision).strategy
+    if strategy != "ddp":
+        check_sharded(config, strategy)
+    estimate = memory_of(config, plan, shape, strategy, processes)
+    where = f"{'CUDA' if cuda else 'the CPU'}{'' if strategy == 'ddp' else f' under {strategy}'}"
+    heading(console, f"Memory of one process on {where}, estimated")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column()
     table.add_column(justify="right")
     for term in estimate.terms:
         table.add_row(term.name, _size(term.bytes), f"{term.phase}: {term.why}")
     table.add_row("peak", _size(estimate.peak), "without what the framework itself takes", style="bold")
+    if estimate.host:
+        table.add_row("host memory", _size(estimate.host), "beside it, of each process", style="bold")
     console.print(table)
     if cuda and estimate.peak > (total := torch.cuda.get_device_properties(0).total_memory):
         console.print(

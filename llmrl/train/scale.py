@@ -92,15 +92,30 @@ def sharded_memory(
         critic=critic,
         reward_model_bytes=load.reward_model_bytes,
     )
+    terms = list(spread(base, config, shape, sharding, gpus, node=node, critic=critic).terms)
+    if load.engine_bytes:
+        when = "weights and key-value cache of vLLM in this process"
+        terms.append(Term("vLLM", load.engine_bytes, load.engine_phase, when))
+    return MemoryEstimate(tuple(terms))
+
+
+def spread(
+    base: MemoryEstimate,
+    config: ModelFields,
+    shape: ModelShape,
+    sharding: Sharding,
+    gpus: int,
+    *,
+    node: int = 8,
+    critic: ModelShape | None = None,
+) -> MemoryEstimate:
+    """What becomes of the terms of a process that has everything when it is one of `gpus`."""
     terms = []
     for term in base.terms:
         whose, _, kind = term.name.rpartition(": ")
         its = critic if whose and critic is not None else shape
         for part in _spread(config, its, replace(term, name=kind), sharding, gpus, node):
             terms.append(replace(part, name=f"{whose}: {part.name}" if whose else part.name))
-    if load.engine_bytes:
-        when = "weights and key-value cache of vLLM in this process"
-        terms.append(Term("vLLM", load.engine_bytes, load.engine_phase, when))
     return MemoryEstimate(tuple(terms))
 
 

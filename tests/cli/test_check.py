@@ -206,11 +206,11 @@ def test_ppo(capsys, data, tiny_model_dir):
     assert code == 0
     assert "4 prompts x 1 completion = 4 rollouts" in out
     assert "8 a step (updates_per_step 2 x num_iterations 4)" in out
-    assert "the reference, boxed" in out and "for the KL to the initial model" in out and "critic" not in out
+    assert "the reference, boxed" in out and "a frozen model beside the policy" in out and "critic" not in out
     _, out, _ = _check(
         capsys, "ppo", tiny_model_dir, data(SUMS), "rewards=math_answer", "preset=orz_ppo", "critic=separate"
     )
-    assert "critic: weights" in out and "critic: optimizer" in out and "a frozen copy" not in out
+    assert "critic: weights" in out and "critic: optimizer" in out and "a frozen" not in out
 
 
 def test_a_reward_model_is_tried_and_counted(capsys, data, tiny_model_dir, tiny_tokenizer, tmp_path):
@@ -255,3 +255,24 @@ def test_rollouts_of_a_server_take_no_cache_here(capsys, data, tiny_model_dir):
     code, out, _ = _check(capsys, "grpo", tiny_model_dir, data(SUMS), *server)
     assert local[0] == code == 0 and "key-value cache" in local[1] and "key-value cache" not in out
     assert "sampled by http://127.0.0.1:1, up to 1 steps ahead" in out
+
+
+def test_what_saves_memory_is_in_the_estimate(capsys, data, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    path = data(CHAT)
+
+    def size(out, term):
+        return next(line for line in out.splitlines() if line.startswith(f"{term} ")).split()[1]
+
+    _, plain, _ = _check(capsys, "sft", tiny_model_dir, path)
+    _, eight, _ = _check(capsys, "sft", tiny_model_dir, path, "optimizer=adamw_8bit")
+    assert "in 8 bits but for embeddings" in eight and float(size(eight, "optimizer")) < float(size(plain, "optimizer"))
+    # the launcher's request to shard divides what it divides: weights, gradients and moments
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2")):
+        monkeypatch.setenv(name, value)
+    _, sharded, _ = _check(capsys, "sft", tiny_model_dir, path)
+    assert "Memory of one process on the CPU under fsdp2" in sharded and "gathered layers" in sharded
+    for term in ("weights", "optimizer", "gradients"):
+        assert f"{float(size(plain, term)) / 2:.1f}" == size(sharded, term)
+    code, _, err = _check(capsys, "sft", tiny_model_dir, path, "optimizer=adamw_8bit")
+    assert code == 2 and "does not go with fsdp2" in err

@@ -84,9 +84,56 @@ def test_terms_of_full_training():
     terms, peak = _bytes(SFTConfig(**BASE))
     assert terms["weights"] == terms["gradients"] == 4 * shape.parameters
     assert terms["optimizer"] == 8 * shape.parameters
-    assert terms["head"] == 3000
-    assert peak == sum(terms.values())
+    assert terms["head"] == 1000 + 2 * 100 * 256 * 4  # one chunk, the hidden states and their gradient
+    assert terms["head's gradient"] == 4 * 256_000
+    assert peak == sum(terms.values()) - min(terms["head"], terms["a layer"])
     assert _bytes(SFTConfig(**BASE, dtype="bfloat16"))[0]["optimizer"] == 4 * shape.parameters
+
+
+def test_entropies_take_a_second_chunk_and_16_bit_products_half_of_one():
+    def chunks(config):
+        grown = estimate_memory(config, shape_of(_model()), microbatch_tokens=10**6, head_chunk_bytes=3000)
+        base = estimate_memory(config, shape_of(_model()), microbatch_tokens=10**6, head_chunk_bytes=1000)
+        return sum(t.bytes for t in grown.terms) - sum(t.bytes for t in base.terms)
+
+    bf16 = {"mixed_precision": "bf16"}
+    assert [chunks(c) for c in (SFTConfig(**BASE), GRPOConfig(**BASE), SFTConfig(**BASE, **bf16))] == [2000, 4000, 3000]
+
+
+def test_moments_in_8_bits_and_weights_in_4():
+    shape = shape_of(_model())
+    eight, _ = _bytes(SFTConfig(**BASE, optimizer="adamw_8bit"))
+    rest = shape.parameters - shape.embedding
+    assert eight["optimizer"] == int(2 * (rest * (1 + 4 / 256) + shape.embedding * 4))
+    plain, _ = _bytes(SFTConfig(**BASE, lora={}))
+    assert plain["weights"] == 4 * shape.parameters
+    linear = 6 * (shape.layer_parameters - 512) - 1000  # two norms of 256 a layer; 1000 are the adapters'
+    for kind, width in (("nf4", 0.5 + 65 / 64 / 64), ("int8", 1.0)):
+        packed, _ = _bytes(SFTConfig(**BASE, lora={}, quantization=kind))
+        assert packed["weights"] == pytest.approx(linear * width + 4 * (shape.parameters - linear), abs=2)
+        assert packed["optimizer"] == plain["optimizer"] == 8000
+
+
+def test_adapters_stay_in_float32_over_bfloat16():
+    shape = shape_of(_model())
+    terms, _ = _bytes(SFTConfig(**BASE, lora={}, dtype="bfloat16"))
+    assert terms["weights"] == 2 * (shape.parameters - 1000) + 4000
+    assert (terms["gradients"], terms["optimizer"]) == (4000, 8000)
+
+
+def test_what_is_offloaded_is_on_the_host():
+    shape, sizes = shape_of(_model()), {"microbatch_tokens": 10**4, "head_chunk_bytes": 10**6}
+    here = estimate_memory(SFTConfig(**BASE), shape, **sizes)
+    config = SFTConfig(**BASE, activation_offloading=True)
+    away = estimate_memory(config, shape, **sizes)
+    assert (here.host, away.host) == (0, activation_bytes(config, shape, 10**4))
+    one_layer = (away.host - 10**4 * 2 * 256 * 4) // 6  # the last norm is no layer's
+    assert here.peak - away.peak >= away.host - 2 * one_layer > 0
+    assert estimate_memory(config, shape, **sizes, cuda=False).host == 0
+
+    kept = estimate_memory(GRPOConfig(**BASE), shape, **sizes)
+    moved = estimate_memory(GRPOConfig(**BASE, offload_reference=True), shape, **sizes)
+    assert moved.host == kept.peak - moved.peak == 4 * shape.parameters
 
 
 def test_a_reference_is_counted_only_where_there_is_one():
@@ -129,7 +176,9 @@ def test_a_separate_critic_is_a_second_model():
     assert {name: terms[f"critic: {name}"] for name in ("weights", "optimizer", "gradients", "activations")} == {
         name: terms[name] for name in ("weights", "optimizer", "gradients", "activations")
     }
-    assert peak == 2 * sum(alone.values()) - alone["head"] + 77
+    moment = max(alone["head"], 2 * alone["a layer"])
+    one_of_each = alone["head"] + alone["a layer"] + alone["head's gradient"]
+    assert peak == 2 * (sum(alone.values()) - one_of_each) + alone["head's gradient"] + moment + 77
 
 
 def test_a_reward_model_has_no_logits():
