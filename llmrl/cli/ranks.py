@@ -69,7 +69,10 @@ class _Ranks:
             self.kill()
             return
         if number == signal.SIGINT:
-            print("\nllmrl: stopping after this step, with a checkpoint; Ctrl-C again ends it at once", file=sys.stderr)
+            print(
+                "\nllmrl: a run saves a checkpoint after this step, then it stops; Ctrl-C again ends it at once",
+                file=sys.stderr,
+            )
         self._stopping = True
         self._send(signal.SIGTERM)
 
@@ -139,12 +142,14 @@ def summary(texts: Mapping[int, str], processes: int) -> list[str]:
 
     What only repeats another's words ("rank 0 failed: ...") is left out: it says that this process stopped because of that one.
     """
-    causes = [
-        text for text in dict.fromkeys(texts.values()) if not any(o != text and o in text for o in texts.values())
-    ]
+    causes: dict[str, str] = {}
+    for text in texts.values():
+        if not any(o != text and o in text for o in texts.values()):
+            # Of several that lost the same process ("rank 1 died, so rank 0 can't go on ..."), the first one speaks.
+            causes.setdefault(text.partition(", so rank ")[0], text)
     lines = []
-    for cause in causes:
-        ranks = [rank for rank, text in texts.items() if text == cause]
+    for start, cause in causes.items():
+        ranks = [rank for rank, text in texts.items() if text.partition(", so rank ")[0] == start]
         where = "" if len(ranks) == processes else f" (process {', '.join(map(str, ranks))})"
         lines.append(f"llmrl: error{where}: {cause}")
     return lines

@@ -137,7 +137,7 @@ class Standing:
         if not isinstance(error, dist.DistError) and not _TRANSPORT.search(str(error)):
             return None
         self._wait_for_news()
-        if self.trouble is None:
+        if self.trouble is None and self._thread is not None:
             self._suspect()
         return self._lost(re.sub(r"^\[\S+\] |\. This is typically.*", "", str(error).strip().splitlines()[0]))
 
@@ -323,7 +323,10 @@ class Standing:
             who = f"{'the launcher' if trouble.rank is None else f'rank {trouble.rank}'} {trouble.what}"
         lines = [f"{who}, so rank {self.rank} of {self.world_size} can't go on ({cause}). Where each one stands:"]
         lines.append(f"  rank {self.rank} (this one): {_described(self.places())}, in {_code_of_main_thread()}")
-        lines += [f"  rank {rank}: {self._description(rank, peer)}" for rank, peer in self._peers.items()]
+        alike: dict[str, list[str]] = {}
+        for rank, peer in self._peers.items():
+            alike.setdefault(self._description(rank, peer), []).append(str(rank))
+        lines += [f"  rank {', '.join(ranks)}: {text}" for text, ranks in alike.items()]
         lines.append(f"{_advice(self.saved_step)} The log of the lost process may say more")
         return LostProcessError("\n".join(lines))
 

@@ -285,6 +285,14 @@ def test_a_second_interrupt_ends_it_at_once(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_of_those_that_lost_the_same_process_one_speaks():
+    texts = {0: "rank 1 died, so rank 0 can't go on", 1: "no room", 2: "rank 1 died, so rank 2 can't go on"}
+    assert ranks.summary(texts, 3) == [
+        "llmrl: error (process 0, 2): rank 1 died, so rank 0 can't go on",
+        "llmrl: error (process 1): no room",
+    ]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_processes_end_when_their_launcher_is_killed(tmp_path):
     launcher, _ = started(tmp_path, 0)

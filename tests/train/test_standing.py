@@ -96,7 +96,7 @@ def test_only_errors_of_the_transport_are_explained(watched):
         raise CLOSED
     text = str(lost.value)
     assert "so rank 0 of 3 can't go on (Connection closed by peer [127.0.0.1]:1)" in text
-    assert "rank 0 (this one): update 1" in text and "rank 2: never said where it stands" in text
+    assert "rank 0 (this one): update 1" in text and "rank 1, 2: never said where it stands" in text
     assert "continues from the checkpoint of step 7" in text
 
 
