@@ -8,8 +8,10 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from llmrl import __version__
@@ -65,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (default: the process's) and returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     follow_launcher(os.environ)
+    _quieten()
     try:
         return _run(args)
     except LLMRLError as error:
@@ -80,6 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("llmrl: interrupted", file=sys.stderr)
         return 130
+
+
+def _quieten() -> None:
+    """Drops two messages by which libraries tell each other what a user can do nothing about.
+
+    Saving a model imports DeepSpeed where it is installed, and that warns where there is no GPU; its ZeRO calls functions of torch by
+    names that are going out of use, each of which warns in every step.
+    """
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 def _run(args: list[str]) -> int:

@@ -109,6 +109,11 @@ def print_keys(kind: str) -> None:
         "RECIPE is a YAML file or the name of a shipped recipe. An override is a dotted key and a YAML value, for example"
     )
     print(f"  llmrl {kind} --config recipes/x.yaml {_EXAMPLES[kind]}")
+    if kind != "eval":
+        print(
+            "\nSeveral processes, as a launch file of accelerate says (single, ddp, fsdp2, zero2, zero3, multi_node, or a path; docs/cluster.md):"
+        )
+        print(f"  llmrl {kind} --accelerate fsdp2 [--num_processes N] --config recipes/x.yaml")
     console = Console(highlight=False)
     shown: set[Model] = set()
     for title, keys in groups(recipe):
