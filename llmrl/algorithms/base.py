@@ -21,10 +21,12 @@ from llmrl.models.load import (
     load_frozen,
     load_policy,
     load_reference,
+    load_skeleton,
     read_weights,
     save_model,
     stop_token_ids,
 )
+from llmrl.models.twin import Twin
 from llmrl.train.backend import Backend
 from llmrl.train.run import Run
 from llmrl.types import Example, PackedBatch
@@ -55,7 +57,9 @@ class Trainer:
 
     def load(self) -> tuple[Any, Any]:
         """(model, tokenizer) that the recipe names."""
-        return load_policy(self.config, device=self.backend.load_device)
+        config = self.config
+        device = self.backend.load_device
+        return self.backend.load(lambda: load_policy(config, device), lambda: load_skeleton(config))
 
     def wrap(self, model: Any) -> nn.Module:
         """The module that every forward goes through."""
@@ -133,6 +137,13 @@ class Trainer:
         """Writes the model now; all processes call it, the first one writes."""
         write = self.gather_model()
         self.backend.together(lambda: write(Path(path)) if self.backend.is_main else None)
+
+    def twin(self, policy: PolicyModule) -> Twin | None:
+        """What samples in this process: a plain copy of a sharded policy, None for the policy itself."""
+        backend = self.backend
+        if not backend.strategy.shards_parameters:
+            return None
+        return Twin(policy, backend.device, backend.strategy.layer_dtype)
 
     def microbatches(self, examples: Sequence[Example]) -> list[list[Example]]:
         """This process's examples, cut by the token budget."""

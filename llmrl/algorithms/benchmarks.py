@@ -146,12 +146,11 @@ class Benchmarks:
         return {"model": None, "engine": {"kind": kind, "version": package_version("llmrl"), "dtype": dtype}}
 
     def _own_engine(self) -> RolloutEngine:
-        trainer = self.trainer
-        backend = trainer.backend
+        trainer: Any = self.trainer
         return LocalEngine(
             trainer.module,
             trainer.tokenizer,
             stop_token_ids=trainer.stop_ids,
-            autocast=backend.autocast,
-            separate=backend.device if backend.strategy.shards_parameters else None,
+            autocast=trainer.backend.autocast,
+            twin=trainer.twin(trainer.module),
         )

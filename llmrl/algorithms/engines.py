@@ -43,7 +43,7 @@ def make_engine(trainer: Trainer, policy: PolicyModule, max_length: int) -> Roll
             stop_token_ids=trainer.stop_ids,
             max_batch_tokens=settings.max_batch_tokens,
             autocast=backend.autocast,
-            separate=backend.device if backend.strategy.shards_parameters else None,
+            twin=trainer.twin(policy),
         )
     shared: dict[str, Any] = {
         "stop_token_ids": trainer.stop_ids,

@@ -49,7 +49,7 @@ from llmrl.models.forward import PolicyModule
 from llmrl.models.heads import ScalarHead
 from llmrl.models.load import disable_dropout
 from llmrl.models.score import ActorCritic, ScoreModule
-from llmrl.models.scorer import load_critic
+from llmrl.models.scorer import load_critic, load_critic_skeleton
 from llmrl.types import Example, PackedBatch, ScoredRollout
 
 logger = logging.getLogger("llmrl.ppo")
@@ -112,7 +112,11 @@ class PPOTrainer(Trainer):
         """Policy and critic as one module."""
         if self.config.critic == "shared":
             return PolicyModule(model, ScalarHead(model.config.get_text_config().hidden_size))
-        critic = load_critic(self.config, self.backend.load_device, tokenizer=self.tokenizer)
+        config, device = self.config, self.backend.load_device
+        critic = self.backend.load(
+            lambda: load_critic(config, device, tokenizer=self.tokenizer),
+            lambda: load_critic_skeleton(config),
+        )
         disable_dropout(critic)
         return ActorCritic(PolicyModule(model), ScoreModule(critic))
 

@@ -28,7 +28,7 @@ from llmrl.experience.batch import merge_update_metrics
 from llmrl.functional.ranking import agreement, bradley_terry_loss, calibration_error, calibration_sums, outcome_loss
 from llmrl.models.load import is_adapted
 from llmrl.models.score import ScoreModule
-from llmrl.models.scorer import load_scorer, set_pad_token
+from llmrl.models.scorer import load_scorer, load_scorer_skeleton, set_pad_token
 from llmrl.types import Example
 
 
@@ -72,7 +72,9 @@ class RewardTrainer(Trainer):
         self.prepare(steps, config.updates_per_step, {"sampler": self.sampler})
 
     def load(self) -> tuple[Any, Any]:
-        return load_scorer(self.config, self.backend.load_device)
+        config = self.config
+        device = self.backend.load_device
+        return self.backend.load(lambda: load_scorer(config, device), lambda: load_scorer_skeleton(config))
 
     def wrap(self, model: Any) -> nn.Module:
         return ScoreModule(model)

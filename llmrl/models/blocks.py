@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +39,7 @@ def decoder_layers(module: nn.Module, class_names: Sequence[str] = ()) -> list[n
 
 def _trunks(module: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """(number of layers, model) of each outermost Hugging Face model in `module`: a policy, a critic beside it."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     if text is not None and hasattr(text, "num_hidden_layers"):
         yield text.num_hidden_layers, module

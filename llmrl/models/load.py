@@ -25,18 +25,17 @@ def load_policy(config: ModelFields, device: torch.device | str | None = None) -
     tokenizer = source.tokenizer()
     model = source.model()
     check_vocabulary(model, tokenizer)
-    model = source.adapted(model)
+    return for_training(config, source.adapted(model)).to(device), tokenizer
+
+
+def for_training(config: ModelFields, model: Any) -> Any:
+    """The model in training mode, with gradient checkpointing if asked for. Raises ConfigError where it can't."""
     if config.gradient_checkpointing:
-        checkpoint_gradients(model)
-    return model.to(device).train(), tokenizer
-
-
-def checkpoint_gradients(model: Any) -> None:
-    """Recomputes activations in the backward. Raises ConfigError where the model can't."""
-    try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    except ValueError as error:
-        raise ConfigError(f"gradient_checkpointing: {error}") from error
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigError(f"gradient_checkpointing: {error}") from error
+    return model.train()
 
 
 def load_skeleton(config: ModelFields) -> tuple[Any, Any]:
@@ -48,7 +47,7 @@ def load_skeleton(config: ModelFields) -> tuple[Any, Any]:
         model.tie_weights()
         model.generation_config = source.generation_config() or model.generation_config
         check_vocabulary(model, tokenizer)
-        return source.adapted(model, weights=False), tokenizer
+        return for_training(config, source.adapted(model, weights=False)), tokenizer
 
 
 def load_reference(config: ModelFields, policy: nn.Module) -> Any:

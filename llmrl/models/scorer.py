@@ -13,7 +13,7 @@ from torch import nn
 from llmrl.config.model import ModelFields
 from llmrl.config.ppo import PPOConfig
 from llmrl.errors import ConfigError
-from llmrl.models.load import checkpoint_gradients, save_model, stop_token_ids
+from llmrl.models.load import for_training, save_model, stop_token_ids
 from llmrl.models.source import Source, check_vocabulary
 
 logger = logging.getLogger("llmrl")
@@ -59,9 +59,7 @@ def load_scorer(
     model = _adapted(source, model)
     if not train:
         return model.to(device).eval().requires_grad_(False), tokenizer
-    if config.gradient_checkpointing:
-        checkpoint_gradients(model)
-    return model.to(device).train(), tokenizer
+    return for_training(config, model).to(device), tokenizer
 
 
 def load_scorer_skeleton(config: ModelFields, *, ids_that_end: Iterable[int] = ()) -> tuple[Any, Any]:
@@ -72,7 +70,7 @@ def load_scorer_skeleton(config: ModelFields, *, ids_that_end: Iterable[int] = (
         model = source.skeleton()
         check_vocabulary(model, tokenizer)
         _prepare(source, model, tokenizer, ids_that_end)
-        return source.adapted(model, weights=False), tokenizer
+        return for_training(config, source.adapted(model, weights=False)), tokenizer
 
 
 def load_frozen_scorer(name: str, device: torch.device | str | None = None) -> tuple[Any, Any]:
@@ -95,10 +93,7 @@ def load_critic(config: PPOConfig, device: torch.device | str | None = None, *, 
     if not source.has_score:
         for parameter in _score_layer(model).parameters():
             nn.init.zeros_(parameter)
-    model = _adapted(source, model)
-    if config.gradient_checkpointing:
-        checkpoint_gradients(model)
-    return model.to(device).train()
+    return for_training(config, _adapted(source, model)).to(device)
 
 
 def load_critic_skeleton(config: PPOConfig) -> Any:
@@ -107,7 +102,7 @@ def load_critic_skeleton(config: PPOConfig) -> Any:
     with torch.device("meta"):
         model = source.skeleton()
         _check_same_vocabulary(source, model, Source(config).tokenizer())
-        return source.adapted(model, weights=False)
+        return for_training(config, source.adapted(model, weights=False))
 
 
 def set_pad_token(model: Any, tokenizer: Any, ids_that_end: Iterable[int] = (), *, may_grow: bool = True) -> None:

@@ -60,7 +60,7 @@ class LocalEngine:
     module: the PolicyModule, or a Hugging Face causal LM to put into one. stop_token_ids: any of them ends a completion and is its last
     token. max_batch_tokens: rows x (longest prompt + max_tokens) decoded at once; a single row may exceed it.
     autocast: makes the context that training forwards run in. progress: see `Progress`.
-    separate: the module is sharded, so it samples from a plain copy on this device, which has weights from `sync_weights` until `rest`.
+    twin: a plain copy of a sharded module to sample from; it has weights from `sync_weights` until `rest`.
     Models that can't be packed are decoded with a cache of their own, a batch of equally long prompts at a time: slower, same results.
 
     Example: LocalEngine(model, tokenizer, stop_token_ids=(2,)).generate([prompt], 8, Sampling(max_tokens=64))[0][3].completion.text
@@ -75,11 +75,12 @@ class LocalEngine:
         max_batch_tokens: int = 262_144,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Progress | None = None,
-        separate: torch.device | None = None,
+        twin: Twin | None = None,
     ) -> None:
-        module = module if isinstance(module, PolicyModule) else PolicyModule(module)
-        self._twin = None if separate is None else Twin(module, separate)
-        self.module = module if self._twin is None else self._twin.module
+        self._twin = twin
+        if twin is not None:
+            module = twin.module
+        self.module = module if isinstance(module, PolicyModule) else PolicyModule(module)
         self.tokenizer = tokenizer
         self.stop_token_ids = frozenset(stop_token_ids)
         self.max_batch_tokens = max_batch_tokens

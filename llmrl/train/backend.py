@@ -102,6 +102,14 @@ class Backend(Collectives):
         """Where a model is loaded to: on the host where its parameters are sharded, so that no device ever holds all of it."""
         return torch.device("cpu") if self.strategy.shards_parameters else self.device
 
+    def load(self, whole: Callable[[], R], skeleton: Callable[[], R]) -> R:
+        """`whole()`, which reads a model; where only the first process is to, `skeleton()` on the others: the model on "meta".
+
+        `prepare` hands them their parts. Every process raises what one of them does.
+        """
+        alone = self.launch.ram_efficient and self.strategy.shards_parameters and self.rank > 0
+        return self.together(skeleton if alone else whole)
+
     def prepare(self, module: nn.Module, *, total_updates: int, parts: Sequence[str] = ()) -> nn.Module:
         """Moves `module` to the device, wraps it and builds its optimizer; returns the wrapped module.
 

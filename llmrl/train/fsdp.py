@@ -24,7 +24,15 @@ from llmrl.models.blocks import decoder_layers
 from llmrl.train.collectives import Collectives
 from llmrl.train.launch import Launch
 from llmrl.train.optim_state import OptimizerReader, Piece
-from llmrl.train.replicated import BuildOptimizer, Replicated, by_part, summed_norm, trained
+from llmrl.train.replicated import (
+    BuildOptimizer,
+    Replicated,
+    broadcast_buffers,
+    by_part,
+    materialise,
+    summed_norm,
+    trained,
+)
 
 
 class FullySharded(Replicated):
@@ -37,6 +45,7 @@ class FullySharded(Replicated):
     def __init__(self, processes: Collectives, launch: Launch, compute: torch.dtype | None) -> None:
         super().__init__(processes)
         self._launch, self._compute = launch, compute
+        self.layer_dtype = compute
         self._mesh = init_device_mesh(processes.device.type, (processes.world_size,))
 
     def prepare(self, module: nn.Module, build: BuildOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -62,12 +71,12 @@ class FullySharded(Replicated):
                 module.reshard()
 
     def whole(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
         if not isinstance(tensor, DTensor):
-            return tensor
-        return tensor.to(
+            return tensor.detach()
+        sharded: Any = tensor.detach().to(
             self.processes.device
-        ).full_tensor()  # an offloaded one is on the host, where NCCL can't gather
+        )  # an offloaded one is on the host, where NCCL can't gather
+        return sharded.full_tensor()  # type: ignore[no-any-return]
 
     def fill(self, parameter: Tensor, value: Tensor) -> None:
         with torch.no_grad():
@@ -113,6 +122,7 @@ class FullySharded(Replicated):
 
     def _shard(self, module: nn.Module, offload: bool) -> nn.Module:
         """Shards in place: one unit a decoder layer, one for the rest."""
+        read = materialise(module) if self._launch.ram_efficient else {}
         parameters = list(module.parameters())
         low = {torch.bfloat16, torch.float16}
         reduce = torch.float32 if self._compute is not None or any(p.dtype in low for p in parameters) else None
@@ -125,8 +135,20 @@ class FullySharded(Replicated):
         for block in decoder_layers(module, self._launch.layer_classes):
             fully_shard(block, mp_policy=layer, reshard_after_forward=reshard, **shared)
         fully_shard(module, mp_policy=rest, reshard_after_forward=reshard, **shared)
-        assert isinstance(module, FSDPModule)
+        if self._launch.ram_efficient:
+            self._hand_out(module, read)
         return module
+
+    def _hand_out(self, module: nn.Module, read: dict[str, Tensor]) -> None:
+        """Gives every process its rows of what the first one has read, one parameter at a time."""
+        for name, parameter in module.named_parameters():
+            assert isinstance(parameter, DTensor)
+            mine = read[name] if self.processes.rank == 0 else torch.empty(parameter.shape, dtype=parameter.dtype)
+            value = mine.to(self.processes.device)
+            local = distribute_tensor(value, self._mesh, parameter.placements)
+            with torch.no_grad():
+                _local(parameter).copy_(_local(local))
+        broadcast_buffers(module, self.processes.device)
 
 
 def _local(tensor: Tensor) -> Tensor:

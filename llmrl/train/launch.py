@@ -151,7 +151,9 @@ def _deepspeed(env: Mapping[str, str]) -> Launch:
         if (zero.get(f"offload_{what}") or {}).get("device") == "nvme":
             raise ConfigError(f"the launcher asks for offload_{what} to nvme; llmrl offloads to cpu")
     kept = {key: value for key, value in config.items() if key not in (*_OURS, *_REFUSED)}
-    return Launch("zero2" if stage == 2 else "zero3", zero=kept)
+    # accelerate's zero3_init: parameters are never whole on every process.
+    init = env.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "true").lower() in ("true", "1")
+    return Launch("zero2" if stage == 2 else "zero3", ram_efficient=stage == 3 and init, zero=kept)
 
 
 def _is_on(env: Mapping[str, str], name: str) -> bool:

@@ -29,6 +29,8 @@ class Replicated:
     shards_parameters = False
     """Whether a parameter outside of the forward is only this process's part of it."""
     shards_optimizer = False
+    layer_dtype: torch.dtype | None = None
+    """The type in which decoder layers are gathered to be computed with; None: their own."""
 
     def __init__(self, processes: Collectives) -> None:
         self.processes = processes
@@ -149,6 +151,31 @@ def summed_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     square = norm.to(device, torch.float64).square()
     dist.all_reduce(square)
     return square.sqrt()
+
+
+def materialise(module: nn.Module) -> dict[str, Tensor]:
+    """Gives what is on the "meta" device room on the host, which takes memory only where it is written to; tied ones stay tied.
+
+    Returns the parameters by name, as they are before they are sharded.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                owner._parameters[name] = made.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_meta:
+                owner._buffers[name] = torch.empty_like(buffer, device="cpu")
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+def broadcast_buffers(module: nn.Module, device: torch.device) -> None:
+    """The first process's buffers on all."""
+    for buffer in module.buffers():
+        value = buffer.detach().to(device)
+        dist.broadcast(value, src=0)
+        buffer.copy_(value)
 
 
 def trained(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:

@@ -19,7 +19,14 @@ from llmrl.errors import ConfigError
 from llmrl.train.collectives import Collectives
 from llmrl.train.launch import Launch
 from llmrl.train.optim_state import OptimizerReader, Piece
-from llmrl.train.replicated import BuildOptimizer, Replicated, leave_out, summed_norm
+from llmrl.train.replicated import (
+    BuildOptimizer,
+    Replicated,
+    broadcast_buffers,
+    leave_out,
+    materialise,
+    summed_norm,
+)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,6 +45,8 @@ class Zero(Replicated):
     def prepare(self, module: nn.Module, build: BuildOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         if not self.shards_parameters:
             module = module.to(self.processes.device)
+        elif self._launch.ram_efficient:
+            materialise(module)  # DeepSpeed hands out what the first process has
         self.unwrapped = module
         self.optimizer = build(module)
         # Names by the optimizer's groups: DeepSpeed puts flat tensors in the parameters' place.
@@ -49,6 +58,8 @@ class Zero(Replicated):
             model=module, optimizer=self.optimizer, config=self._config(module), dist_init_required=False
         )
         self._zero: Any = self.module.optimizer
+        if self._launch.ram_efficient and self.shards_parameters:
+            broadcast_buffers(module, self.processes.device)
         return self.module, self.optimizer
 
     def prepare_frozen(self, module: nn.Module, offload: bool = False) -> nn.Module:
@@ -57,7 +68,9 @@ class Zero(Replicated):
             return super().prepare_frozen(module, offload)
         from llmrl.train.fsdp import FullySharded
 
-        self._frozen = FullySharded(self.processes, Launch("fsdp2"), self._compute)
+        self._frozen = FullySharded(
+            self.processes, Launch("fsdp2", ram_efficient=self._launch.ram_efficient), self._compute
+        )
         return self._frozen.prepare_frozen(module, offload)
 
     def reducing(self, last: bool) -> AbstractContextManager[Any]:
@@ -95,10 +108,8 @@ class Zero(Replicated):
         if hasattr(tensor, "ds_id"):
             with self._deepspeed.zero.GatheredParameters([tensor]):
                 return tensor.detach().clone()
-        if self.shards_parameters:  # of a frozen model
-            from torch.distributed.tensor import DTensor
-
-            return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        if hasattr(tensor, "placements"):  # of a frozen model
+            return self._frozen.whole(tensor)
         return tensor.detach()
 
     def fill(self, parameter: Tensor, value: Tensor) -> None:
