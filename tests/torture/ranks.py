@@ -28,7 +28,6 @@ class Ranks:
         for file in (f for pair in self._files for f in pair):
             file.unlink(missing_ok=True)
         self.processes = start_processes(target, args, self._files)
-        self.ended: dict[int, float] = {}
 
     def __enter__(self) -> Ranks:
         return self
@@ -43,15 +42,12 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def wait(self, timeout: float, but: int | None = None) -> None:
-        """Until every process but `but` ended, and notes when each did. Raises AssertionError, with what all wrote, after `timeout` seconds."""
+        """Until every process but `but` ended. Raises AssertionError, with what all wrote, after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while running := [p for r, p in enumerate(self.processes) if p.exitcode is None and r != but]:
             if not wait([p.sentinel for p in running], max(0.0, deadline - time.monotonic())):
                 shown = "\n".join(f"--- rank {r}\n{self.error(r)[-3000:]}" for r in range(len(self.processes)))
                 raise AssertionError(f"{self.codes} after {timeout} s\n{shown}")
-            for rank, process in enumerate(self.processes):
-                if process.exitcode is not None:
-                    self.ended.setdefault(rank, time.monotonic())
 
     def output(self, rank: int) -> str:
         file = self._files[rank][0]

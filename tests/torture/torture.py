@@ -32,7 +32,7 @@ PHASES = {
     "sampling": r"sampling", "scoring": r"^scoring", "update": r"update \d+, microbatch \d+/\d+$", "saving": r"saving$",
     "final model": r"writing the model$", "anywhere": r"",
 }  # fmt: skip
-ALONE_SECONDS = 30.0
+ALONE_SECONDS = 60.0
 """How long a process may take to notice that the other one is gone, and to end."""
 _CLOCKS = re.compile(r"step_time|tokens_per_second|seconds|milliseconds")
 

@@ -28,11 +28,11 @@ def weights(directory, part="run/model"):
 def goes_on_as_unbroken(model, directory, argv):
     """The same command finishes the run, with the weights of one that was never stopped."""
     with Ranks(command, 2, directory / "output", argv) as ranks:
-        ranks.wait(120)
+        ranks.wait(150)
         assert ranks.codes == [0, 0], ranks.error(0)
     whole = directory / "whole"
     with Ranks(command, 2, directory / "output", recipe(whole, argv[0], model)) as ranks:
-        ranks.wait(120)
+        ranks.wait(150)
         assert ranks.codes == [0, 0], ranks.error(0)
     expected, found = weights(whole), weights(directory)
     assert all(expected[name].equal(value) for name, value in found.items()) and expected.keys() == found.keys()
@@ -56,7 +56,7 @@ def test_a_full_disk(tiny_model_dir, small_disk, tmp_path, monkeypatch, where):
     monkeypatch.setenv("BALLAST", str(small_disk / "ballast"))
     argv = recipe(small_disk, "sft", tiny_model_dir)
     with Ranks(command, 2, tmp_path / "output", argv, [(0, where, "fill disk")]) as ranks:
-        ranks.wait(60)
+        ranks.wait(150)
         assert ranks.codes == [2, 2], ranks.error(0)
         errors = [ranks.error(rank) for rank in range(2)]
     assert all(
@@ -72,13 +72,13 @@ def test_a_disk_that_is_full_for_one_process(tiny_model_dir, tmp_path):
     """Where the optimizer is sharded every process writes its part."""
     argv = recipe(tmp_path, "sft", tiny_model_dir)
     with Ranks(sharded_command, 2, tmp_path / "output", argv, [(1, "step 3, saving$", "no large files")]) as ranks:
-        ranks.wait(60)
+        ranks.wait(150)
         assert ranks.codes == [2, 2], ranks.error(0)
         assert "checkpoint of step 3 could not be written" in ranks.error(1) and "File too large" in ranks.error(1)
         assert "process 1 failed: CheckpointError" in ranks.error(0)
     assert newest(tmp_path) == 2
     with Ranks(sharded_command, 2, tmp_path / "output", argv) as ranks:
-        ranks.wait(60)
+        ranks.wait(150)
         assert ranks.codes == [0, 0], ranks.error(0)
 
 
@@ -91,7 +91,7 @@ def sharded_command(argv, faults=()):
 def test_nan_gradients_on_one_process_stop_all(tiny_model_dir, tmp_path):
     argv = [*recipe(tmp_path, "sft", tiny_model_dir), "max_nonfinite_steps=1"]
     with Ranks(command, 2, tmp_path / "output", argv, [(1, "step 3, update 3$", "poison")]) as ranks:
-        ranks.wait(60)
+        ranks.wait(150)
         assert ranks.codes == [2, 2], ranks.error(0)
         for rank in range(2):
             assert "update 4: the loss or the gradient is not finite" in ranks.error(rank)
@@ -112,7 +112,7 @@ def test_nan_gradients_on_one_process_stop_all(tiny_model_dir, tmp_path):
 def test_sigterm(tiny_model_dir, tmp_path, kind, where, ranks_told, saved):
     argv = recipe(tmp_path, kind, tiny_model_dir)
     with Ranks(command, 2, tmp_path / "output", argv, [(rank, where, "terminate") for rank in ranks_told]) as ranks:
-        ranks.wait(60)
+        ranks.wait(150)
         assert ranks.codes == [143, 143], ranks.error(0)
         assert f"SIGTERM: saved step {saved}" in ranks.output(0)
     assert newest(tmp_path) == saved
@@ -123,6 +123,6 @@ def test_sigterm(tiny_model_dir, tmp_path, kind, where, ranks_told, saved):
 def test_sigterm_while_the_final_model_is_written(tiny_model_dir, tmp_path):
     argv = recipe(tmp_path, "sft", tiny_model_dir)
     with Ranks(command, 2, tmp_path / "output", argv, [(0, "writing the model$", "terminate")]) as ranks:
-        ranks.wait(60)
+        ranks.wait(150)
         assert ranks.codes == [0, 0], ranks.error(0)
     assert weights(tmp_path)

@@ -61,35 +61,32 @@ PLACES = {"an update": r"step 3, update 3, microbatch", "a save": r"step 3, savi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind, where, processes", [("sft", "an update", 2), ("sft", "a save", 3), ("grpo", "sampling", 2)]
+    "kind, where, processes, lost", [("sft", "an update", 2, 1), ("sft", "a save", 3, 0), ("grpo", "sampling", 2, 1)]
 )
-@pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_is_killed(tiny_model_dir, tmp_path, kind, where, processes, lost):
     argv = recipe(tmp_path, kind, tiny_model_dir)
     with Ranks(command, processes, tmp_path, argv, [(lost, PLACES[where], "kill")]) as ranks:
-        ranks.wait(60)
+        ranks.wait(150)
         assert ranks.codes[lost] == -signal.SIGKILL
         others = [r for r in range(processes) if r != lost]
         assert_lost(ranks, others, lost, 2, tmp_path)
         assert all("died (process" in ranks.error(r) for r in others)
-        assert max(ranks.ended.values()) - ranks.ended[lost] < 20
     with Ranks(command, processes, tmp_path, argv) as ranks:
-        ranks.wait(60)
+        ranks.wait(150)
         assert ranks.codes == [0] * processes, ranks.error(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("action", ["stop", "hang"])
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("action, lost", [("stop", 0), ("hang", 1)])
 def test_a_process_that_hangs(tiny_model_dir, tmp_path, action, lost):
-    argv = [*recipe(tmp_path, "sft", tiny_model_dir), "collective_timeout=4"]
+    argv = [*recipe(tmp_path, "sft", tiny_model_dir), "collective_timeout=10"]
     with Ranks(command, 3, tmp_path, argv, [(lost, PLACES["an update"], action)]) as ranks:
         others = [r for r in range(3) if r != lost]
-        ranks.wait(60, but=lost if action == "stop" else None)
+        ranks.wait(150, but=lost if action == "stop" else None)
         assert_lost(ranks, others, lost, 2, tmp_path)
         if action == "stop":
             os.kill(ranks.processes[lost].pid, signal.SIGCONT)  # and one that comes back too late ends too
-            ranks.wait(30)
+            ranks.wait(150)
         assert ranks.codes[lost] == 2
 
 
@@ -98,18 +95,17 @@ def test_who_samples_for_long_does_not_outlive_a_dead_one(tiny_model_dir, tmp_pa
     argv = recipe(tmp_path, "grpo", tiny_model_dir)
     faults = [(1, PLACES["sampling"], "kill"), (0, PLACES["sampling"], "hang")]
     with Ranks(command, 2, tmp_path, argv, faults) as ranks:
-        ranks.wait(60)
+        ranks.wait(150)
         assert_lost(ranks, [0], 1, 2, tmp_path)
         assert "ended by its watching thread" in ranks.error(0) and "in tests.torture.ranks._hang" in ranks.error(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, where", [("sft", "an update"), ("grpo", "sampling")])
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("kind, where, lost", [("sft", "an update", 0), ("grpo", "sampling", 1)])
 def test_a_process_that_raises(tiny_model_dir, tmp_path, kind, where, lost):
     argv = recipe(tmp_path, kind, tiny_model_dir)
     with Ranks(command, 2, tmp_path, argv, [(lost, PLACES[where], "fail")]) as ranks:
-        ranks.wait(60)
+        ranks.wait(150)
         assert ranks.codes[lost] == 1 and "ValueError: row 17 can't be read" in ranks.error(lost)
         assert_lost(ranks, [1 - lost], lost, 2, tmp_path)
         assert "failed with ValueError: row 17 can't be read" in ranks.error(1 - lost)
