@@ -27,7 +27,7 @@ _USAGE = f"""usage: llmrl doctor {"|".join(KINDS)} --config RECIPE [key=value ..
 Trains {STEPS} steps at learning rate 0 with the recipe's own model, data, rewards and rollout engine, in a directory of its own that is
 removed, and reports what must hold before a long run: the processes can talk, the engine is reachable and holds the same model, takes the
 weights, samples with them, and its log-probs equal the trainer's within max_logprob_gap at every step without drifting.
-Start it the way the run is started (alone, `torchrun`, `accelerate launch`). Exit code 1: something failed."""
+Start it the way the run is started (alone, `--accelerate FILE`, `torchrun`). Exit code 1: something failed."""
 
 _GAP = "sampling/sampling_logp_difference/mean"
 
