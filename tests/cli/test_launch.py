@@ -330,7 +330,7 @@ def recipe(tmp_path_factory):
 def llmrl(*argv):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, "-m", "llmrl.cli", *argv], capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, "-m", "llmrl.cli", *argv], capture_output=True, text=True, timeout=500, env=environment
     )
 
 
