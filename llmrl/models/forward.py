@@ -91,8 +91,17 @@ class PolicyModule(PackedModel):
             raise ConfigError(
                 "reference=True runs the model without its adapter, but it has none; load a reference model"
             )
-        with torch.no_grad(), self.model.disable_adapter():  # type: ignore[operator]
-            yield
+        # Not peft's disable_adapter: it sets requires_grad, of whichever tensor a sharding backend has put into a parameter's place.
+        layers: list[Any] = [m for m in self.model.modules() if hasattr(m, "_disable_adapters")]
+        before = [layer._disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for layer, was in zip(layers, before):
+                layer._disable_adapters = was
 
     def _output_layer(self, base: Any) -> Head:
         return Head(base)

@@ -96,7 +96,7 @@ class OptimizerReader:
             if name not in shapes:
                 problems.append(f"{name} is not a trainable parameter here")
                 continue
-            for key in keys.keys() & {"exp_avg", "exp_avg_sq"}:
+            for key in keys.keys() & {"exp_avg", "exp_avg_sq", "state1", "state2"}:
                 if (kept := self._shape(name, key)) != shapes[name]:
                     problems.append(f"{name} is {shapes[name]} here and {kept} in the checkpoint")
                     break

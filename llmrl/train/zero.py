@@ -53,7 +53,8 @@ class Zero(Replicated):
         names = {id(p): name for name, p in module.named_parameters()}
         self._names = [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
         self._left_out: Sequence[str] = ()
-        self.optimizer.register_step_pre_hook(lambda optimizer, *_: leave_out(optimizer, self._left_out))
+        self.optimizer.register_step_pre_hook(self._before_a_flat_step)
+        self.optimizer.register_step_post_hook(self._after_a_flat_step)
         self.module, *_ = self._deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=self._config(module), dist_init_required=False
         )
@@ -170,6 +171,17 @@ class Zero(Replicated):
             raise ConfigError(
                 f"DeepSpeed ZeRO stage {stage} was asked for, but {got} came up ({len(unsplit)} parameters are whole)"
             )
+
+    def _before_a_flat_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """DeepSpeed steps on one flat tensor after the other; those of a part that is left out show no gradient meanwhile."""
+        flats = [flat for group in optimizer.param_groups for flat in group["params"]]
+        self._hidden = [(flat, flat.grad) for flat in flats]
+        leave_out(optimizer, self._left_out)
+
+    def _after_a_flat_step(self, *_: Any) -> None:
+        for flat, gradient in self._hidden:  # offloaded ones are buffers that it writes to again
+            flat.grad = gradient
+        self._hidden = []
 
     def _config(self, module: nn.Module) -> dict[str, Any]:
         config = {
