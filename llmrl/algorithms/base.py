@@ -26,6 +26,7 @@ from llmrl.models.load import (
     save_model,
     stop_token_ids,
 )
+from llmrl.models.shape import shape_of
 from llmrl.models.twin import Twin
 from llmrl.train.backend import Backend
 from llmrl.train.run import Run
@@ -53,6 +54,7 @@ class Trainer:
             model, tokenizer = self.load()
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = stop_token_ids(model, tokenizer)
+        self.attention = shape_of(model).attention_share
         self.module = self.wrap(model)
 
     def load(self) -> tuple[Any, Any]:
@@ -154,7 +156,7 @@ class Trainer:
 
     def share(self, examples: Sequence[Example]) -> list[Example]:
         """This process's part of examples that every process holds, balanced by cost."""
-        return shard(examples, self.backend.rank, self.backend.world_size)
+        return shard(examples, self.backend.rank, self.backend.world_size, self.attention)
 
     def score(
         self, examples: Sequence[Example], forward: Callable[[Any, PackedBatch], TokenScores], names: Mapping[str, str]

@@ -301,8 +301,9 @@ class DPOTrainer(Trainer):
         """ref <- alpha policy + (1 - alpha) ref: the soft update of TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656); alpha 1 is
         its hard update."""
         assert isinstance(self.reference, Reference) and self.reference.module is not None
-        for ours, policy in zip(self.reference.module.parameters(), self.module.parameters(), strict=True):
-            ours.lerp_(policy.to(ours.dtype), self.config.ref_model_mixup_alpha)
+        with self.reference:
+            for ours, policy in zip(self.reference.module.parameters(), self.module.parameters(), strict=True):
+                ours.lerp_(policy.to(ours.dtype), self.config.ref_model_mixup_alpha)
 
     def _precompute(self) -> None:
         """Gives every pair its reference log-probs, read from the disk if they are there, and lets go of the reference.

@@ -37,19 +37,19 @@ def cut(examples: Sequence[Example], tokens_per_microbatch: int) -> list[list[Ex
     return [[examples[i] for i in sorted(members)] for members in bins]
 
 
-def shard(examples: Sequence[Example], rank: int, world_size: int) -> list[Example]:
+def shard(examples: Sequence[Example], rank: int, world_size: int, attention: float = 0.0) -> list[Example]:
     """The part of `examples` that process `rank` of `world_size` trains on, in the original order.
 
-    Every process calls this with the same examples. Units, longest first, go to the process with the fewest tokens so far;
-    units stay whole. With few units a process may get none.
+    Every process calls this with the same examples. Units, dearest first, go to the process with the least work so far; units
+    stay whole. With few units a process may get none. For `attention` see `work`.
     """
     if not 0 <= rank < world_size:
         raise DataError(f"rank {rank} is not in 0..{world_size - 1}")
     if world_size == 1:
         return list(examples)
-    loads = [0] * world_size
+    loads = [0.0] * world_size
     mine: list[int] = []
-    for cost, members in _units_by_cost(examples):
+    for cost, members in _units_by_cost(examples, attention):
         target = loads.index(min(loads))
         loads[target] += cost
         if target == rank:
@@ -129,12 +129,22 @@ def unshared(examples: Sequence[Example]) -> list[Example]:
     return out
 
 
-def _units_by_cost(examples: Sequence[Example]) -> list[tuple[int, list[int]]]:
-    """(tokens, indices of the examples) of each unit, longest first; equal ones in order of first appearance."""
+def work(tokens: int, prefix: int = 0, attention: float = 0.0) -> float:
+    """What training on a sequence takes, in tokens without attention: L + attention * L (2 P + L) behind a prefix of P tokens.
+
+    `attention` is what a pair of tokens adds, relative to a token's products with the weights: see `ModelShape.attention_share`.
+    """
+    return tokens + attention * tokens * (2 * prefix + tokens)
+
+
+def _units_by_cost(examples: Sequence[Example], attention: float = 0.0) -> list[tuple[Any, list[int]]]:
+    """(`work`: the tokens, without attention; indices of the examples) of each unit, dearest first; equal ones in order of first
+    appearance."""
     units: dict[int, list[int]] = {}
     for i, example in enumerate(examples):
         units.setdefault(example.unit, []).append(i)
-    return sorted(((sum(len(examples[i]) for i in m), m) for m in units.values()), key=lambda unit: -unit[0])
+    costs = [len(e) if attention == 0.0 else work(len(e), e.prefix, attention) for e in examples]
+    return sorted(((sum(costs[i] for i in m), m) for m in units.values()), key=lambda unit: -unit[0])
 
 
 def _prefixes(examples: Sequence[Example], starts: Sequence[int]) -> tuple[tuple[int, int], ...]:

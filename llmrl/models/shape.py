@@ -32,6 +32,12 @@ class ModelShape:
     vocab: int
     positions: int | None
 
+    @property
+    def attention_share(self) -> float:
+        """What one pair of tokens costs in attention, in units of one token's products with the weights: a sequence of T tokens takes
+        2 M T + 2 L q T^2 FLOPs forward, M being the weights that a token is multiplied with (docs/scale.md)."""
+        return self.layers * self.query_width / (self.layers * self.layer_parameters + self.head)
+
 
 def shape_of(model: nn.Module) -> ModelShape:
     """The shape of a Hugging Face causal LM or sequence classifier, on any device (also "meta"), with or without adapters."""
