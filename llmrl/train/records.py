@@ -93,10 +93,17 @@ def metric_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, str | int | None) else float(v) for k, v in metrics.items()}
 
 
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # llmrl itself, where it is run from its sources
+        return "not installed"
+
+
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """What the run ran on: versions, device, processes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-    versions = {p: metadata.version(p) for p in _PACKAGES}
+    versions = {p: _version(p) for p in _PACKAGES}
     return {
         "device": name,
         "processes": world_size,
