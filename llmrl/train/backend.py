@@ -124,7 +124,11 @@ class Backend(Collectives):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that every forward runs in."""
-        return nullcontext() if self.amp_dtype is None else torch.autocast(self.device.type, dtype=self.amp_dtype)
+        if self.amp_dtype is None:
+            return nullcontext()
+        # Copies that autocast remembers would add up to a whole model of weights that are sharded.
+        remembers = not self.strategy.shards_parameters
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, cache_enabled=remembers)
 
     def update(
         self,

@@ -181,7 +181,7 @@ def check_world_size(env: Mapping[str, str], world_size: int, num_processes: int
     `accelerate launch --cpu --num_processes 2` starts ONE process and says nothing (accelerate 1.15): it is recognised by a
     rendezvous address without a rank.
     """
-    hint = "start data-parallel processes with `torchrun --nproc_per_node N -m llmrl.cli ...`"
+    hint = "start the processes with `llmrl KIND --accelerate ddp --num_processes N ...` or `torchrun --nproc_per_node N -m llmrl.cli ...`"
     if num_processes is not None:
         if num_processes != world_size:
             raise ConfigError(

@@ -11,7 +11,7 @@ from llmrl.config.ppo import PPOConfig
 from llmrl.config.reward_model import RewardConfig
 from llmrl.models.shape import ModelShape
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2}
 _QUANTISED = {
     "nf4": 0.5 + (1 + 4 / 256) / 64,
     "int8": 1.0,
@@ -97,7 +97,7 @@ def estimate_memory(
 
 
 def _compute_bytes(config: ModelFields) -> int:
-    return 2 if config.mixed_precision != "no" else _BYTES[config.dtype]
+    return 2 if config.mixed_precision != "no" else BYTES[config.dtype]
 
 
 def _full(shape: ModelShape) -> bool:
@@ -107,7 +107,7 @@ def _full(shape: ModelShape) -> bool:
 
 def _trained_bytes(config: ModelFields, shape: ModelShape) -> int:
     """Of one parameter that learns; peft keeps adapters in float32 whatever the model is in."""
-    return _BYTES[config.dtype] if _full(shape) else 4
+    return BYTES[config.dtype] if _full(shape) else 4
 
 
 def _learner(config: ModelFields, shape: ModelShape, tokens: int, whose: str = "", *, cuda: bool) -> list[Term]:
@@ -131,7 +131,7 @@ def _quantised(shape: ModelShape) -> int:
 
 
 def _weights(config: ModelFields, shape: ModelShape) -> Term:
-    width = _BYTES[config.dtype]
+    width = BYTES[config.dtype]
     frozen = shape.parameters - (0 if _full(shape) else shape.trainable)
     adapters = (shape.parameters - frozen) * 4
     if config.quantization is None:
@@ -188,7 +188,7 @@ def _head(config: ModelFields, shape: ModelShape, tokens: int, chunk_bytes: int)
 
 def _reference(config: ModelFields, shape: ModelShape, cuda: bool) -> list[Term]:
     """The frozen copy that a KL or a preference is relative to; with lora the adapter is switched off instead."""
-    weights, full = shape.parameters * _BYTES[config.dtype], _full(shape)
+    weights, full = shape.parameters * BYTES[config.dtype], _full(shape)
     always = [Term("reference", weights, "always", "a frozen model beside the policy")]
     if getattr(config, "offload_reference", False) and cuda:
         always = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -10,6 +11,11 @@ import torch
 from torch import nn
 
 from llmrl.errors import ConfigError
+
+logger = logging.getLogger("llmrl")
+_FINE_RATE = (
+    1e-5  # weights are about 0.02, and bfloat16's steps there about 1e-4; AdamW moves a weight by about the rate
+)
 
 
 class OptimFields(Protocol):
@@ -92,6 +98,12 @@ def build_optimizer(module: nn.Module, config: OptimFields, parts: Sequence[str]
     ConfigError where bitsandbytes, which that needs, is absent.
     """
     parameters = trainable_parameters(module)
+    if any(p.dtype == torch.bfloat16 for p in parameters.values()) and config.learning_rate < _FINE_RATE:
+        logger.warning(
+            "trained parameters are bfloat16 and learning_rate is %g: a step below 1/256 of a weight is rounded away, so most weights will "
+            "not move. Use dtype: float32 with mixed_precision: bf16, or a higher rate",
+            config.learning_rate,
+        )
     part_of = {n: next((part for part in parts if n.startswith(part)), "") for n in parameters}
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     eight = config.optimizer == "adamw_8bit"

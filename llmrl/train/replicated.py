@@ -6,6 +6,7 @@ are collective: every process calls them, in the same order.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -41,12 +42,15 @@ class Replicated:
         self.optimizer = build(self.unwrapped)
         self.module: nn.Module = self.unwrapped
         if self.processes.world_size > 1:
-            self.module = DistributedDataParallel(
-                self.unwrapped,
-                device_ids=[self.processes.device] if self.processes.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            with warnings.catch_warnings():
+                # torch 2.13 has another name for broadcast_buffers, which 2.11 does not know.
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+                self.module = DistributedDataParallel(
+                    self.unwrapped,
+                    device_ids=[self.processes.device] if self.processes.device.type == "cuda" else None,
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                )
         return self.module, self.optimizer
 
     def prepare_frozen(self, module: nn.Module, offload: bool = False) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 from llmrl.config.model import ModelFields
 from llmrl.models.shape import ModelShape
 from llmrl.train.gpus import Gpu
-from llmrl.train.memory import MemoryEstimate, Term, estimate_memory
+from llmrl.train.memory import BYTES, MemoryEstimate, Term, estimate_memory
 
 USABLE = 0.9  # of a GPU's memory; the rest is the CUDA context, NCCL's buffers and fragmentation
 MOST_GPUS = 4096
@@ -45,7 +45,7 @@ class Sharding:
 
 SHARDINGS = (
     Sharding("ddp", "one", "one", "everything on every GPU"),
-    Sharding("zero2", "one", "all", "16-bit weights on every GPU; gradients, master weights and moments sharded"),
+    Sharding("zero2", "one", "all", "weights on every GPU; gradients, master weights and moments sharded"),
     Sharding("fsdp2-hybrid", "node", "node", "everything sharded within a machine, copied between machines"),
     Sharding("fsdp2", "all", "all", "everything sharded over all GPUs"),
     Sharding("zero3", "all", "all", "everything sharded over all GPUs"),
@@ -79,8 +79,9 @@ def sharded_memory(
 ) -> MemoryEstimate:
     """The terms of `estimate_memory` for one of `gpus` training processes, `node` of which share a machine.
 
-    Under sharded weights two layers, and embedding and head, are whole at a time, in the type that is computed in; they take the
-    place of autocast's copies. ZeRO-2 keeps 16-bit weights whole and float32 masters of what is trained sharded.
+    Under sharded weights two layers, and embedding and head, are whole at a time; FSDP2 gathers layers in the type that is computed in,
+    which takes the place of autocast's copies. ZeRO-2 keeps weights whole and masters of what is trained sharded. The local engine
+    samples from a plain copy of sharded weights.
     """
     base = estimate_memory(
         config,
@@ -123,24 +124,29 @@ def _spread(
     config: ModelFields, shape: ModelShape, term: Term, sharding: Sharding, gpus: int, node: int
 ) -> Iterator[Term]:
     """What becomes of one term of a single process."""
-    mixed = config.mixed_precision != "no"
     weights, optimizer = (sharding.ways(part, gpus, node) for part in ("weights", "optimizer"))
-    if term.name == "weights" and sharding.name == "zero2" and mixed:
-        width = term.bytes // shape.parameters
-        yield Term("weights", 2 * shape.parameters, "always", "16-bit, whole")
-        yield _divided(Term("master weights", shape.trainable * width, "always", "of what is trained"), optimizer)
-    elif term.name == "weights":
+    gathers = sharding.gathers and weights > 1
+    width = BYTES[config.dtype]
+    if term.name == "weights":
         yield _divided(term, weights)
-        if sharding.gathers and weights > 1:
-            yield _gathered(config, shape, term.bytes // shape.parameters)
+        if sharding.name == "zero2":
+            yield _divided(Term("master weights", shape.trainable * width, "always", "of what is trained"), optimizer)
+        if gathers:
+            yield _gathered(config, shape, width, sharding)
     elif term.name == "reference":
         yield _divided(term, weights)
     elif term.name in ("optimizer", "gradients"):
         yield _divided(term, optimizer)
-    elif term.name == "autocast" and (sharding.name == "zero2" or weights > 1):
-        return
+    elif term.name == "autocast" and gathers:
+        if sharding.name == "zero3":
+            few = replace(term, bytes=4 * shape.layer_parameters, why="16-bit copies of two layers")
+            yield few if config.gradient_checkpointing else term
     else:
         yield term
+    if term.name == "key-value cache" and gathers:
+        layers = shape.layers * shape.layer_parameters
+        size = layers * _layer_bytes(config, sharding) + (shape.parameters - layers) * width
+        yield Term("copy to sample from", size, "sampling", "whole weights, gathered once a step")
 
 
 def _divided(term: Term, ways: int) -> Term:
@@ -149,12 +155,18 @@ def _divided(term: Term, ways: int) -> Term:
     return replace(term, bytes=math.ceil(term.bytes / ways), why=f"{term.why}; 1/{ways} of it")
 
 
-def _gathered(config: ModelFields, shape: ModelShape, width: int) -> Term:
+def _layer_bytes(config: ModelFields, sharding: Sharding) -> int:
+    """Of a parameter of a layer that was put together."""
+    mixed = config.mixed_precision != "no"
+    return 2 if mixed and sharding.name != "zero3" else BYTES[config.dtype]
+
+
+def _gathered(config: ModelFields, shape: ModelShape, width: int, sharding: Sharding) -> Term:
     """Two layers (one is fetched while the other is used), what is outside of layers, and a layer's gradients on their way."""
-    compute = 2 if config.mixed_precision != "no" else width
     outside = shape.parameters - shape.layers * shape.layer_parameters
     trained = shape.trainable / shape.parameters
-    size = (2 * shape.layer_parameters + outside) * compute + int(shape.layer_parameters * trained) * width
+    size = 2 * shape.layer_parameters * _layer_bytes(config, sharding) + outside * width
+    size += int(shape.layer_parameters * trained) * width
     return Term("gathered layers", size, "training", "two layers, embedding and head whole; a layer's gradients")
 
 

@@ -121,7 +121,7 @@ def step_time(
     """The parts of a step: generation, log-probs, update, sync. Communication hides behind computing of the same part as far as it can."""
     parts = []
     if engine is not None:
-        parts.append(generation(shape, work, engine, gpu, assumed, sharding if engine.kind == "local" else None))
+        parts.append(generation(shape, work, engine, gpu, assumed))
     if passes := _scoring(shape, work):
         flops = sum(sum(forward_flops(of, work.tokens, work.length)) * times for of, times in passes)
         size = sum(of.parameters * times for of, times in passes) * work.compute_bytes * work.microbatches
@@ -204,13 +204,8 @@ def decode_step(
     return max(memory, compute) + talk + DECODE_OVERHEAD, bound
 
 
-def generation(
-    shape: ModelShape, work: Work, engine: Engine, gpu: Gpu, assumed: Assumed, gathered_by: Sharding | None = None
-) -> Part:
-    """Prefill of each prompt once, then decoding in full batches for the mean length, then the longest completion alone.
-
-    Where the local engine samples with weights that are sharded (`gathered_by`), every decode step puts them together first.
-    """
+def generation(shape: ModelShape, work: Work, engine: Engine, gpu: Gpu, assumed: Assumed) -> Part:
+    """Prefill of each prompt once, then decoding in full batches for the mean length, then the longest completion alone."""
     copies = max(1, engine.gpus // engine.tensor_parallel)
     matmul, attention = forward_flops(shape, work.prompts * work.prompt_tokens, work.prompt_tokens)
     prefill = (matmul + attention) / (min(copies, work.prompts) * engine.tensor_parallel * gpu.flops * assumed.mfu)
@@ -219,11 +214,6 @@ def generation(
     context = work.prompt_tokens + work.completion_tokens / 2
     one, bound = decode_step(shape, rows, context, engine.tensor_parallel, gpu, assumed)
     last, _ = decode_step(shape, 1, work.prompt_tokens + work.completion_limit, engine.tensor_parallel, gpu, assumed)
-    if gathered_by is not None and gathered_by.gathers:
-        gather = collective_seconds(2 * shape.parameters, gathered_by.ways("weights", engine.gpus, gpu.node), gpu)
-        if gather > one:
-            bound = "gathering sharded weights for every token"
-        one, last = max(one, gather), max(last, gather)
     tail = (work.completion_limit - work.completion_tokens) * last
     seconds = prefill + share / rows * work.completion_tokens * one + tail
     return Part("generation", seconds, f"{bound}; {rows} rows at once in {copies} cop{'y' if copies == 1 else 'ies'}")
@@ -244,7 +234,10 @@ def sync(shape: ModelShape, engine: Engine, sharding: Sharding, gpu: Gpu, gpus: 
     size = 2 * (shape.trainable if shape.trainable < shape.parameters else shape.parameters)
     gather = collective_seconds(size, sharding.ways("weights", gpus, gpu.node), gpu)
     if engine.kind == "local":
-        return Part("sync", 0.0, "the engine has the trainer's weights")
+        if not sharding.gathers:
+            return Part("sync", 0.0, "the engine has the trainer's weights")
+        whole = collective_seconds(4 * shape.parameters, sharding.ways("weights", gpus, gpu.node), gpu)
+        return Part("sync", whole, "the weights are gathered, in 32 bits")
     if engine.kind == "vllm_colocate":
         return Part("sync", gather + size / (gpu.bandwidth * COLLECTIVE_EFFICIENCY), "a copy in the GPU's memory")
     if engine.transfer == "nccl":

@@ -140,3 +140,10 @@ def test_rows_that_several_processes_wrote_are_found(tmp_path):
             assert torch.equal(reader.rows("w", "exp_avg", first, stop), whole[first:stop])
     with pytest.raises(ConfigError, match=r"w is \(8, 2\) here and \(7, 2\) in the checkpoint"):
         reader.check({"w": (8, 2)})
+
+
+def test_a_rate_that_bfloat16_rounds_away_is_warned_about(tmp_path, caplog):
+    for dtype, rate, warned in (("bfloat16", 1e-6, True), ("bfloat16", 1e-3, False), ("float32", 1e-6, False)):
+        caplog.clear()
+        build_optimizer(Toy(dtype=getattr(torch, dtype)), toy_config(tmp_path, learning_rate=rate))
+        assert ("rounded away" in caplog.text) is warned
