@@ -27,11 +27,12 @@ def namespaces() -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not namespaces(), reason="needs root, iproute2, util-linux and network namespaces")
 def test_two_machines_train_to_the_numbers_of_one_process_and_stop_together(tmp_path):
     environment = {**os.environ, "DIR": str(tmp_path / "run"), "BIN": str(Path(sys.executable).parent)}
     done = subprocess.run(
-        ["bash", str(SCRIPT), "sft"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580
+        ["bash", str(SCRIPT), "sft"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SIGTERM to train1 alone: both ended with 143" in done.stdout
