@@ -6,6 +6,7 @@ of speed and memory mean nothing then, and every line says "rehearsal".
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -99,6 +100,7 @@ class Peak:
 
     def __init__(self) -> None:
         self._before = 0.0
+        gc.collect()  # a trainer is a cycle: what the last one left would be freed during this measurement
         if not REHEARSAL:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
