@@ -27,8 +27,9 @@ from gpu.common import (
 )
 
 SHAPE, LAYERS, UPDATES = SHAPES["0.5B"], 2 if REHEARSAL else 4, 3
-LOSS, NORM = 2e-3, 0.02
-"""Relative bounds of a loss and of a gradient norm in bfloat16; a loss in float32 is within 1e-5."""
+LOSS, NORM = 5e-3, 0.03
+"""Relative bounds of a loss and of a gradient norm in bfloat16; float32's are 1e-5 and 1e-4. Each of AdamW's first updates is about the
+sign of a gradient, so that where bfloat16 turns a sign, the next loss moves by more than rounding."""
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
