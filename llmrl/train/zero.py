@@ -55,8 +55,11 @@ class Zero(Replicated):
         self._left_out: Sequence[str] = ()
         self.optimizer.register_step_pre_hook(self._before_a_flat_step)
         self.optimizer.register_step_post_hook(self._after_a_flat_step)
+        config = self._config(module)
+        if self.shards_parameters:
+            self._partition(module, config)
         self.module, *_ = self._deepspeed.initialize(
-            model=module, optimizer=self.optimizer, config=self._config(module), dist_init_required=False
+            model=module, optimizer=self.optimizer, config=config, dist_init_required=False
         )
         self._zero: Any = self.module.optimizer
         if self._launch.ram_efficient and self.shards_parameters:
@@ -201,6 +204,15 @@ class Zero(Replicated):
         if torch.bfloat16 in dtypes:
             config["bf16"] = {"enabled": True}
         return config
+
+    def _partition(self, module: nn.Module, config: dict[str, Any]) -> None:
+        """Splits one parameter after the other: DeepSpeed's engine would first move the whole model to every device."""
+        if "bf16" in config:  # as the engine does with a model that is not split yet
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+        self._deepspeed.zero.Init(module=module, config_dict_or_path=config)
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(self.processes.device)
 
     def _link_moments(self) -> None:
         """Stage 2 lets its parameters know of their moments once, at the first step of the first group, where other groups have none."""
