@@ -303,7 +303,7 @@ class DPOTrainer(Trainer):
         assert isinstance(self.reference, Reference) and self.reference.module is not None
         with self.reference:
             for ours, policy in zip(self.reference.module.parameters(), self.module.parameters(), strict=True):
-                ours.lerp_(policy.to(ours.dtype), self.config.ref_model_mixup_alpha)
+                ours.lerp_(policy.to(ours.device, ours.dtype), self.config.ref_model_mixup_alpha)
 
     def _precompute(self) -> None:
         """Gives every pair its reference log-probs, read from the disk if they are there, and lets go of the reference.

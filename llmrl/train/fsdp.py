@@ -49,12 +49,14 @@ class FullySharded(Replicated):
         self._mesh = init_device_mesh(processes.device.type, (processes.world_size,))
 
     def prepare(self, module: nn.Module, build: BuildOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        self.unwrapped = self.module = self._shard(module, offload=self._launch.offload_params)
+        reshard = self._launch.reshard_after_forward
+        self.unwrapped = self.module = self._shard(module, self._launch.offload_params, reshard)
         self.optimizer = build(module)
         return module, self.optimizer
 
     def prepare_frozen(self, module: nn.Module, offload: bool = False) -> nn.Module:
-        return self._shard(module, offload=offload or self._launch.offload_params)
+        # After a forward without a backward nothing else would shard it again.
+        return self._shard(module, offload or self._launch.offload_params, reshard=True)
 
     def reducing(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -120,7 +122,7 @@ class FullySharded(Replicated):
                 "recipes/accelerate/ddp.yaml, or report the model"
             )
 
-    def _shard(self, module: nn.Module, offload: bool) -> nn.Module:
+    def _shard(self, module: nn.Module, offload: bool, reshard: bool) -> nn.Module:
         """Shards in place: one unit a decoder layer, one for the rest."""
         read = materialise(module) if self._launch.ram_efficient else {}
         parameters = list(module.parameters())
@@ -131,7 +133,6 @@ class FullySharded(Replicated):
         rest = MixedPrecisionPolicy(None, reduce, cast_forward_inputs=False)
         policy = CPUOffloadPolicy(pin_memory=self.processes.device.type == "cuda") if offload else OffloadPolicy()
         shared: dict[str, Any] = {"mesh": self._mesh, "offload_policy": policy}
-        reshard = self._launch.reshard_after_forward
         for block in decoder_layers(module, self._launch.layer_classes):
             fully_shard(block, mp_policy=layer, reshard_after_forward=reshard, **shared)
         fully_shard(module, mp_policy=rest, reshard_after_forward=reshard, **shared)
