@@ -96,8 +96,9 @@ _NO_MEANING = {
     **_each("leave it out: use `accelerate launch` (or torchrun) with a profile of recipes/accelerate; the launcher decides",
             "ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout ignore_bias_buffers "
             "local_rank parallelism_config use_cpu no_cuda accelerate_config"),
-    **_each("FSDP is not available in this version: a run is one process or DDP", "fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap"),
-    **_each("DeepSpeed is not available in this version: a run is one process or DDP", "deepspeed ds3_gather_for_generation"),
+    **_each("leave it out: the launcher says it: `llmrl KIND --accelerate fsdp2`, or a launch file of yours", "fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap"),
+    **_each("leave it out: the launcher says it: `llmrl KIND --accelerate zero2` or zero3, or a launch file of yours",
+            "deepspeed ds3_gather_for_generation"),
     **_each("leave it out: a non-finite gradient is skipped and counted (max_nonfinite_steps), a microbatch has a token limit "
             "(tokens_per_microbatch)", "auto_find_batch_size torch_empty_cache_steps"),
     "optim": "write optimizer: adamw or adamw_8bit",
@@ -152,7 +153,7 @@ _OPENRLHF = {
     "use_tensorboard": "write report_to: tensorboard",
     **_each("leave it out: the padding-free packed layout is the only one", "packing_samples use_dynamic_batch"),
     "train_max_tokens_per_gpu": "write tokens_per_microbatch",
-    **_each("DeepSpeed is not available in this version: a run is one process or DDP",
+    **_each("leave it out: the launcher says it: `llmrl KIND --accelerate zero2` or zero3, or a launch file of yours",
             "zero_stage zpg adam_offload deepcompile ds_tensor_parallel_size use_ds_universal_ckpt deepspeed_enable_sleep dist_backend"),
     **_each("leave it out: it is not needed here",
             "grad_accum_dtype overlap_comm disable_fast_tokenizer disable_trace_cache use_ms actor_init_on_gpu perf"),
