@@ -42,8 +42,8 @@ class ModelShape:
 def shape_of(model: nn.Module) -> ModelShape:
     """The shape of a Hugging Face causal LM or sequence classifier, on any device (also "meta"), with or without adapters."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)  # none in a model without attention, as Mamba
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     query, kv = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     seen = {id(p): p for p in model.parameters()}.values()  # tied weights once
     layer = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)[0]
