@@ -90,7 +90,7 @@ class Trainer:
             stateful=stateful,
             modules=modules,
             gather_model=self.gather_model,
-            load_model=lambda path: self.backend.fill(self.model, read_weights(self.model, path)),
+            load_model=self.read_model,
             callbacks=self.callbacks,
             trainer=self,
         )
@@ -134,6 +134,10 @@ class Trainer:
         if self.backend.strategy.shards_parameters:
             tensors = self.backend.whole_tensors(self.model, trained_only=is_adapted(self.model))
         return lambda path: save_model(self.model, self.tokenizer, path, tensors)
+
+    def read_model(self, path: Path) -> None:
+        """Sets the model to what `gather_model` wrote; all processes call it."""
+        self.backend.fill(self.model, self.backend.load(lambda: read_weights(self.model, path), dict))
 
     def save_model(self, path: str | Path) -> None:
         """Writes the model now; all processes call it, the first one writes."""
@@ -182,7 +186,13 @@ class Reference:
 
     def __init__(self, model: Any, backend: Backend, config: Any, tokenizer: Any = None) -> None:
         name = getattr(config, "ref_model_name_or_path", None)
-        copy = load_reference(config, model) if name is None else load_frozen(config, name, tokenizer)
+        if name is None:
+            copy = load_reference(config, model)
+        else:
+            copy = backend.load(
+                lambda: load_frozen(config, name, tokenizer),
+                lambda: load_frozen(config, name, tokenizer, weights=False),
+            )
         offload = config.offload_reference
         self.module = None if copy is None else backend.strategy.prepare_frozen(PolicyModule(copy), offload)
         # A sharded one comes and goes layer by layer; a whole one as a whole, around each pass (`with reference:`).

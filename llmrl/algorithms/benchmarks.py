@@ -65,9 +65,10 @@ class Benchmarks:
         trainer, metrics = self.trainer, dict[str, float]()
         rank, world = trainer.backend.rank, trainer.backend.world_size
         folder = Path(self.config.output_dir) / "evaluations" / f"step_{step:08d}"
-        if engine is None and self.tasks:
-            engine = self._own_engine()
-            engine.sync_weights(trainer.backend.policy_weights(), step)
+        own = self._own_engine() if engine is None and self.tasks else None
+        if own is not None:
+            engine = own
+            own.sync_weights(trainer.backend.policy_weights(), step)
         for task in self.tasks:
             spec = task.spec
             assert engine is not None and task.scorer is not None and task.template is not None
@@ -100,6 +101,8 @@ class Benchmarks:
             trainer.backend.together(partial(self._save, result, folder / f"{task.name}.json"))
             numbers = result.metrics() | {name: found["value"] for name, found in result.also.items()}
             metrics |= {f"eval_{task.name}/{key}": value for key, value in numbers.items()}
+        if own is not None:
+            own.rest()
         return metrics
 
     def _save(self, result: EvalResult, file: Path) -> None:

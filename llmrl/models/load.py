@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,17 @@ def load_reference(config: ModelFields, policy: nn.Module) -> Any:
     return copy.deepcopy(policy).eval().requires_grad_(False)
 
 
-def load_frozen(config: ModelFields, name: str, tokenizer: Any) -> Any:
-    """The model `name` with the adapter that it may have, frozen, to score tokens of `tokenizer`.
+def load_frozen(config: ModelFields, name: str, tokenizer: Any, *, weights: bool = True) -> Any:
+    """The model `name` with the adapter that it may have, frozen, to score tokens of `tokenizer`; without `weights` on "meta".
 
     Raises ConfigError where it, or its own tokenizer if it has one, knows these tokens by other ids.
     """
     own = {"model_name_or_path": name, "model_revision": "main", "tokenizer_name_or_path": None, "chat_template": None}
     source = Source(config.model_copy(update={**own, "lora": None, "quantization": None}), key="ref_model_name_or_path")
-    model = source.model()
+    with nullcontext() if weights else torch.device("meta"):
+        model = source.model() if weights else source.skeleton()
+        model.tie_weights()
+        model = source.adapted(model, weights)
     rows = model.get_input_embeddings().weight.shape[0]
     try:
         theirs = source.tokenizer().get_vocab()
@@ -76,7 +80,7 @@ def load_frozen(config: ModelFields, name: str, tokenizer: Any) -> Any:
             f"ref_model_name_or_path: {name} has another tokenizer than the policy (the token {other!r} has another id, or none): it "
             "can't score the same tokens. Give a model of the same family"
         )
-    return source.adapted(model).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def is_adapted(model: Any) -> bool:

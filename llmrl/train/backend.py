@@ -103,12 +103,15 @@ class Backend(Collectives):
         return torch.device("cpu") if self.strategy.shards_parameters else self.device
 
     def load(self, whole: Callable[[], R], skeleton: Callable[[], R]) -> R:
-        """`whole()`, which reads a model; where only the first process is to, `skeleton()` on the others: the model on "meta".
+        """`whole()`, which reads weights; where only the first process is to, `skeleton()` on the others: nothing, or a model on "meta".
 
-        `prepare` hands them their parts. Every process raises what one of them does.
+        `prepare` and `fill` hand them their parts. Every process raises what one of them does.
         """
-        alone = self.launch.ram_efficient and self.strategy.shards_parameters and self.rank > 0
-        return self.together(skeleton if alone else whole)
+        return self.together(skeleton if self._one_reads and self.rank > 0 else whole)
+
+    @property
+    def _one_reads(self) -> bool:
+        return self.launch.ram_efficient and self.strategy.shards_parameters and self.world_size > 1
 
     def prepare(self, module: nn.Module, *, total_updates: int, parts: Sequence[str] = ()) -> nn.Module:
         """Moves `module` to the device, wraps it and builds its optimizer; returns the wrapped module.
@@ -219,10 +222,12 @@ class Backend(Collectives):
         return out
 
     def fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Sets a prepared module's parameters and buffers from whole tensors, which every process gives; the others stay.
+        """Sets a prepared module's parameters and buffers from whole tensors, read with `load`; the others stay.
 
         Raises ConfigError for tensors that the module does not have.
         """
+        if self._one_reads:
+            tensors = _HandedOut(tensors, self)
         done: set[int] = set()
         if unknown := tensors.keys() - module.state_dict(keep_vars=True).keys():
             raise ConfigError(
@@ -362,6 +367,31 @@ class Backend(Collectives):
                 "parameters are as they were before these updates. Lower learning_rate, set or lower max_grad_norm, use bf16 or "
                 "no mixed precision instead of fp16, and look for extreme values in rewards or data"
             )
+
+
+class _HandedOut(Mapping[str, Tensor]):
+    """Tensors that the first process has, one at a time on all: each is sent when it is asked for, by all in the same order."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], processes: Collectives) -> None:
+        self._tensors, self._processes = tensors, processes
+        kinds = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()}
+        self._kinds: dict[str, Any] = processes.broadcast_json(kinds)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, dtype = self._kinds[name]
+        mine = self._tensors[name] if self._processes.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+        value = mine.to(self._processes.device)
+        dist.broadcast(value, src=0)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kinds
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
 
 
 def _padded(microbatches: Sequence[M], count: int, empty: Callable[[], M]) -> Iterator[M]:

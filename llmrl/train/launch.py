@@ -127,8 +127,8 @@ def _deepspeed(env: Mapping[str, str]) -> Launch:
         stage = int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
         offload = {f"offload_{what}": {"device": device} for what, device in devices.items() if device != "none"}
         config = {"zero_optimization": {"stage": stage, **offload}}
-        for key, name in (("gradient_accumulation_steps", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),):
-            config |= {key: int(env[name])} if env.get(name, "auto").isdigit() else {}
+        if (steps := env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")).isdigit():
+            config["gradient_accumulation_steps"] = int(steps)
     for key in _REFUSED:
         section = config.get(key)
         if section is not None and (
@@ -141,6 +141,11 @@ def _deepspeed(env: Mapping[str, str]) -> Launch:
                 f"the DeepSpeed configuration has {key}: {config[key]}; llmrl cuts microbatches by tokens_per_microbatch and accumulates "
                 'as many as there are: leave it out, or "auto"'
             )
+    if config.get("gradient_clipping", "auto") not in ("auto", 0):
+        raise ConfigError(
+            f"the DeepSpeed configuration has gradient_clipping: {config['gradient_clipping']}; the recipe's max_grad_norm decides: leave it "
+            'out, or "auto"'
+        )
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage")
     if stage not in (2, 3):

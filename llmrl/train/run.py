@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
@@ -265,7 +266,8 @@ class Run:
         state = json.loads((start / "state.json").read_text(encoding="utf-8"))
         self.load_model(start / "model")
         for name, module in self.modules.items():
-            self.backend.fill(module, load_file(start / f"{name}.safetensors"))
+            file = start / f"{name}.safetensors"
+            self.backend.fill(module, self.backend.load(partial(load_file, file), dict))
         self.backend.load_state(start)
         if missing := self.stateful.keys() - state["stateful"].keys():
             raise CheckpointError(

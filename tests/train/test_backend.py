@@ -305,11 +305,14 @@ def test_a_deepspeed_file_keeps_what_is_not_the_recipes(tmp_path):
     file = tmp_path / "ds.json"
     env = {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
     stage = {"stage": 2, "reduce_bucket_size": 1000}
-    file.write_text(json.dumps({"zero_optimization": stage, "gradient_clipping": 1.0, "train_batch_size": "auto"}))
+    file.write_text(json.dumps({"zero_optimization": stage, "gradient_clipping": "auto", "train_batch_size": "auto"}))
     assert read_launch(env, "no").zero == {"zero_optimization": stage}
     file.write_text(json.dumps({"zero_optimization": stage, "bf16": {"enabled": True}}))
     with pytest.raises(ConfigError, match="'bf16'; the recipe decides"):
         read_launch(env, "bf16")
+    file.write_text(json.dumps({"zero_optimization": stage, "gradient_clipping": 1.0}))
+    with pytest.raises(ConfigError, match="max_grad_norm decides"):
+        read_launch(env, "no")
     file.write_text("{")
     with pytest.raises(ConfigError, match="can't be read"):
         read_launch(env, "bf16")
