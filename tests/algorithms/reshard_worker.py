@@ -26,7 +26,9 @@ def main(strategy: str, kind: str, model: str, out: str, steps: str, start: str 
         rows = [{"prompt": f"the answer to {i}", "completion": f" is {i * 7 % 10} " * (1 + i % 5)} for i in range(23)]
         trainer = SFTTrainer(SFTConfig(**common, lora={"r": 4, "modules_to_save": ["lm_head"]}), train_dataset=rows)
     elif kind == "dpo":  # a reference that moves is in the checkpoint
-        rows = [{"prompt": f"the {i}", "chosen": " is" * (1 + i % 4), "rejected": " four" * (1 + i % 3)} for i in range(13)]
+        rows = [
+            {"prompt": f"the {i}", "chosen": " is" * (1 + i % 4), "rejected": " four" * (1 + i % 3)} for i in range(13)
+        ]
         trainer = DPOTrainer(DPOConfig(**common, sync_ref_model=True, ref_model_sync_steps=2), train_dataset=rows)
     else:  # a critic too, and a controller
         rows = [{"prompt": text} for text in ("the answer", "is", "because", "three", "times", "four", "twelve")]

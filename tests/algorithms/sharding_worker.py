@@ -35,7 +35,15 @@ KINDS = ("sft", "reward", "dpo", "ppo", "ppo_separate", "grpo", "grpo_lora")
 def trainer_of(kind: str, path: str, out: str, budget: int):
     """(trainer, one update)"""
     from llmrl import (
-        DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig,
+        DPOConfig,
+        DPOTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+        PPOConfig,
+        PPOTrainer,
+        RewardConfig,
+        RewardTrainer,
+        SFTConfig,
         SFTTrainer,
     )  # fmt: skip
 

@@ -50,7 +50,7 @@ def together(experiences, updates=1):
         for rank, experience in enumerate(experiences):
             mine = []
 
-            def gather(value, mine=mine, rank=rank):
+            def gather(value, mine=mine, said=said):
                 mine.append(value)
                 turn = len(mine) - 1
                 return [said[r][turn] if turn < len(said[r]) else [] for r in range(len(said))]
