@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llmrl.data.packing import empty_example
 from tests.algorithms.pairs import random_pairs
 from tests.algorithms.recorded import experience_of, recorded_groups
 from tests.algorithms.test_invariance import no_reward, sft_examples
@@ -80,6 +81,17 @@ def trainer_of(kind: str, path: str, out: str, budget: int):
     return trainer, update
 
 
+def spoil(trainer) -> None:
+    backend = trainer.backend
+    batches = trainer.microbatches(trainer.share(trainer._weighted(trainer.examples)))
+
+    def loss(module, batch):
+        value, stats = trainer._loss(module, batch)
+        return value * (float("nan") if backend.rank == backend.world_size - 1 else 1.0), stats
+
+    assert backend.update(batches, loss, lambda: [empty_example(["weights"])]).skipped
+
+
 def main(strategy: str, path: str, out: str, budget: str, *kinds: str) -> None:
     torch.set_num_threads(1)
     found = {}
@@ -87,6 +99,9 @@ def main(strategy: str, path: str, out: str, budget: str, *kinds: str) -> None:
         os.environ.update(ENVIRONMENTS[strategy])
         trainer, update = trainer_of(kind, path, out, int(budget))
         rows = [update(step) for step in range(UPDATES)]
+        if kind == "sft":  # an update that is not finite on one process leaves everything as it was, on all
+            spoil(trainer)
+            rows.append(update(UPDATES))
         found[kind] = [[row["loss"], row["grad_norm"]] for row in rows]
         trainer.save_model(Path(out, kind, "saved"))
         found[f"{kind} strategy"] = [trainer.backend.strategy.name, trainer.backend.world_size]
