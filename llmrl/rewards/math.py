@@ -379,9 +379,15 @@ def _unit_equal(gold: Reading, gold_tree: Node, answer: Reading, answer_tree: No
         if gold.unit[0] != answer.unit[0]:
             return False
         if gold.unit[1] != answer.unit[1]:
-            gold_tree = ("mul", gold_tree, ("num", gold.unit[1], None))
-            answer_tree = ("mul", answer_tree, ("num", answer.unit[1], None))
+            gold_tree, answer_tree = _times(gold_tree, gold.unit[1]), _times(answer_tree, answer.unit[1])
     return equal(gold_tree, answer_tree)
+
+
+def _times(node: Node, factor: Fraction) -> Node:
+    """The node in the unit that is a factor smaller: of "v = 36" the 36."""
+    if node[0] == "rel" and set(node[2]) == {"="}:
+        return (*node[:1], (*node[1][:-1], _times(node[1][-1], factor)), node[2])
+    return ("mul", node, ("num", factor, None))
 
 
 def verify_parsed(gold: list[Any], answer: str) -> bool:

@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 
 from llmrl.rewards.math_parse import Node
-from llmrl.rewards.math_value import NoValue, Point, evaluate, has, same_number, symbols, walk
+from llmrl.rewards.math_value import NoValue, Point, evaluate, has, replaced, same_number, symbols, walk
 
 _FORMULAS = {"num", "sym", "add", "mul", "div", "pow", "neg", "fn", "const"}
 MAX_SIDES = 12
@@ -50,6 +50,28 @@ def deduced(node: Node) -> Node:
     except NoValue:
         return node
     return last if holds else node
+
+
+def bound(node: Node, other: Node) -> Node:
+    r"""Without "k \in \mathbb{Z}" at its end, where the other side does not say it."""
+    if _counter(node) is not None and not has(other, "in"):
+        return node[1][0] if len(node[1]) == 2 else ("seq", node[1][:-1])
+    return node
+
+
+def renamed(gold: Node, answer: Node) -> Node:
+    r"""The answer with the reference's name for what runs over the same numbers: "n\pi, n \in \mathbb{Z}" for "k\pi, k \in \mathbb{Z}"."""
+    ours, theirs = _counter(gold), _counter(answer)
+    if ours is None or theirs is None or ours == theirs or ours[1] in symbols(answer) or theirs[1] in symbols(gold):
+        return answer
+    renamed_answer: Node = replaced(answer, theirs, ours)
+    return renamed_answer
+
+
+def _counter(node: Node) -> Node | None:
+    r"""The k of "..., k \in \mathbb{Z}"."""
+    last = node[1][-1] if node[0] == "seq" else node
+    return last[1] if node[0] == "seq" and last[0] == "in" and last[1][0] == "sym" and last[2][0] == "all" else None
 
 
 def one_stem(names: tuple[Node, ...]) -> bool:

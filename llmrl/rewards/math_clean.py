@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from llmrl.rewards.math_words import number_in_words
+
 _UNICODE = {
     **dict(zip("−–—‐⁻", "-----", strict=True)), "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "•": r"\cdot ", "÷": "/",
     "∗": "*", "⁄": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "⩽": r"\leq ", "⩾": r"\geq ", "≠": r"\neq ", "∪": r"\cup ",
@@ -46,6 +48,8 @@ _DIGIT_GAPS = re.compile(r"(?<=\d)(?:\s?\{ ?,(?:\\!)? ?\}|,\\!|\\!,?|\\,)\s?(?=\
 _ESCAPED = re.compile(
     r"(?<!\\)\\\\(?:[dtc]?frac|sqrt|left|right|text|pi|boxed|begin|cdot|times|infty|pm|leq?|geq?|theta|alpha|circ|cup|mathbb)(?![A-Za-z])"
 )
+_OVER = re.compile(r"\{((?:[^{}]|\{[^{}]*\})+?)\\over(?![A-Za-z])((?:[^{}]|\{[^{}]*\})+)\}")
+_BASE_IN_WORDS = re.compile(r"(?<=\d)_\s*\{\s*([a-z]{3,8})\s*\}")
 _PLUS_MINUS = re.compile(r"(?:^|(?<=[\s(=,]))(\+-|-\+)(?=\s)|\b(?<!\\)(plus_?minus|pm)\b|\b(?<!\\)(minus_?plus|mp)\b")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d./])")
 _CALLS = {
@@ -176,6 +180,8 @@ def clean(text: str) -> str:
     text = _PLUS_MINUS.sub(lambda m: r" \pm " if m[1] == "+-" or m[2] else r" \mp ", text)
     text = re.sub(r"(?<![A-Za-z])d([a-zA-Z])/d([a-zA-Z])(?![A-Za-z])", r"\\frac{d \1}{d \2}", text)
     text = re.sub(r"\{([^{}]+)\\choose(?![A-Za-z])([^{}]+)\}", r"\\binom{\1}{\2}", text)
+    text = _OVER.sub(r"\\frac{\1}{\2}", text)
+    text = _BASE_IN_WORDS.sub(lambda m: m[0] if (base := number_in_words(m[1])) is None else f"_{{{base}}}", text)
     text = re.sub(r"\bMatrix\s*(?=\(\s*\[)", "", text)
     text = re.sub(r"(?<=\d)\{:\}(?=\d)", ":", text)
     text = re.sub(r"(?<![\w)}])\((\d+)\)\s*_(?=\s*\{?\d)", r"\1_", text)  # (1011)_2

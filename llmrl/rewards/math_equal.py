@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from llmrl.rewards.math_chain import deduced, identity, is_total, number_chain, one_stem
+from llmrl.rewards.math_chain import bound, deduced, identity, is_total, number_chain, one_stem, renamed
 from llmrl.rewards.math_matrix import computed
 from llmrl.rewards.math_parse import Node
 from llmrl.rewards.math_sets import RealSet, real_set, same_set
@@ -25,6 +25,7 @@ from llmrl.rewards.math_value import (
     evaluate,
     has,
     literal,
+    replaced,
     rounded,
     same_number,
     symbols,
@@ -49,8 +50,8 @@ def equal(gold: Node, answer: Node) -> bool | None:
 def _equal(gold: Node, answer: Node) -> bool | None:
     if gold == answer:
         return True
-    answer = deduced(answer)
-    gold, answer = _spread(_bound(gold, answer), answer), _spread(_bound(answer, gold), gold)
+    answer = renamed(gold, deduced(answer))
+    gold, answer = _spread(bound(gold, answer), answer), _spread(bound(answer, gold), gold)
     gold, answer = _named(gold, answer)
     if gold == answer:
         return True
@@ -116,13 +117,6 @@ def _spread(node: Node, other: Node) -> Node:
     if len(left) != len(right):
         return node
     return ("seq", tuple(("rel", pair, ("=",)) for pair in zip(left, right, strict=True)))
-
-
-def _bound(node: Node, other: Node) -> Node:
-    r"""Without "k \in \mathbb{Z}" at its end, where the other side does not say it."""
-    if node[0] == "seq" and node[1][-1][0] == "in" and node[1][-1][2][0] == "all" and not has(other, "in"):
-        return node[1][0] if len(node[1]) == 2 else ("seq", node[1][:-1])
-    return node
 
 
 def _is_call(node: Node | None) -> bool:
@@ -417,16 +411,10 @@ def _scalars(gold: Node, answer: Node) -> bool | None:
     e = ("const", "e"), ("sym", "E")
     for capital, small in ((gold, answer), (answer, gold)):
         if has(capital, *e[1]) and has(small, *e[0]) and not has(small, *e[1]) and not has(capital, *e[0]):
-            return _agree(_replaced(gold, e[1], e[0]), _replaced(answer, e[1], e[0]), points)
+            return _agree(replaced(gold, e[1], e[0]), replaced(answer, e[1], e[0]), points)
     if has(gold, "fn", "log") or has(answer, "fn", "log"):
         return _agree(gold, answer, [Point(p.number, negative=p.negative, log10=True) for p in points])
     return False
-
-
-def _replaced(node: Any, old: Node, new: Node) -> Any:
-    if node == old:
-        return new
-    return tuple(_replaced(n, old, new) for n in node) if isinstance(node, tuple) else node
 
 
 def _agree(gold: Node, answer: Node, points: Sequence[Point]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from llmrl.rewards.math_parse import Node
 from llmrl.rewards.math_value import NoValue, Point, Value, context, evaluate, same_number, symbols
@@ -163,17 +164,38 @@ def _ring(sides: Sequence[Node], signs: Sequence[str]) -> RealSet | None:
 
 
 def _distance(sides: Sequence[Node], sign: str) -> RealSet | None:
-    """|x| < 2 and |x| > 2."""
+    """|x| < 2 and |2x - 1| > 3: a bound on the absolute value of what is linear in one variable."""
     if sides[1][0] == "fn":
         sides, sign = (sides[1], sides[0]), _flip(sign)
-    if sides[0][:2] != ("fn", "abs") or sides[0][2][0][0] != "sym" or symbols(sides[1]) or sign in ("=", "!="):
+    if sides[0][:2] != ("fn", "abs") or symbols(sides[1]) or sign in ("=", "!="):
         return None
-    high = _end(sides[1], sign in ("<", ">"))
-    if not high.value > 0:
+    inner, is_open = sides[0][2][0], sign in ("<", ">")
+    radius = _end(sides[1], is_open)
+    if not radius.value > 0:
         return None
-    low = End(-high.value, ("neg", sides[1]), high.open)
+    if inner[0] == "sym":
+        name, low, high = inner[1], replace(radius, value=-radius.value, formula=("neg", sides[1])), radius
+    else:
+        if (line := _line(inner)) is None or not context().isfinite(radius.value):
+            return None
+        name, slope, start = line
+        ends = sorted((side - start) / slope for side in (-radius.value, radius.value))
+        low, high = (End(e, None, is_open) for e in ends)
     pieces = ((low, high),) if sign in ("<", "<=") else ((_infinity(-1), low), (high, _infinity(1)))
-    return RealSet(pieces, name=sides[0][2][0][1])
+    return RealSet(pieces, name=name)
+
+
+def _line(node: Node) -> tuple[str, Value, Value] | None:
+    """(x, a, b) of a x + b with real numbers a and b; None for what is no such formula."""
+    if len(names := symbols(node)) != 1:
+        return None
+    name = next(iter(names))
+    at = [real(evaluate(node, Point(0, real_i=True, fixed={name: Fraction(i)}))) for i in (0, 1, 2, 7)]
+    if not all(isinstance(v, context().mpf) for v in at):
+        return None
+    slope = at[1] - at[0]
+    straight = all(same(at[0] + i * slope, v) for i, v in ((2, at[2]), (7, at[3])))
+    return (name, slope, at[0]) if straight and not same(slope, context().mpf(0)) else None
 
 
 def _flip(sign: str) -> str:

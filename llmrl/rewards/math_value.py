@@ -338,6 +338,13 @@ def walk(node: Any) -> Iterator[Node]:
             stack.extend(item)
 
 
+def replaced(node: Any, old: Node, new: Node) -> Any:
+    """The node with `new` for each `old` in it."""
+    if node == old:
+        return new
+    return tuple(replaced(n, old, new) for n in node) if isinstance(node, tuple) else node
+
+
 def symbols(node: Node) -> frozenset[str]:
     return frozenset(n[1] for n in walk(node) if n[0] == "sym" and len(n) == 2)
 
