@@ -13,6 +13,10 @@ from llmrl.rewards.math_said import denied
 MAX_TAILS = 8
 _SPECIAL = re.compile(r"<\|[a-z_]+\|>", re.IGNORECASE)
 _HOPE = re.compile(r"I hope (?:it|this|that)\b[^.\n]{0,40}\.?$", re.IGNORECASE)
+_ATTAINED = re.compile(
+    r",\s+(?:which is\s+)?(?:attained|achieved|reached|occurring|taken)\s+(?:at|when|for|if|by)\b[^.!?\n]{0,80}\.?$"
+)
+_INSTEAD = re.compile(r"\b(?:over|than|instead of|versus|vs\.?)\s+(?:option\s+|choice\s+)?$", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[<])|<\|")
 _LETTER = re.compile(r"\(([A-J])\)|(?<![A-Za-z'$\\(])([B-HJ]|A(?! [a-z]))(?![A-Za-z'])")
 _DENIAL = re.compile(r"\b(?:not|never|neither|nor|except|unlike|no)\b|n't\b|\?", re.IGNORECASE)
@@ -35,7 +39,7 @@ _SEGMENT = re.compile(
     re.DOTALL,
 )
 _TAIL = re.compile(
-    r"(?:\b(?:is|are|equals?|get|gets|gives?|makes?|comes to|totals|amounts to|at(?! (?:least|most))|have|be|becomes?|obtain|obtained|yields?|find|found|answer|result|solution|value|total|thus|therefore|so|hence|conclude|choose|pick|option|simplifies to|reduces to|equal to|then|it's|that's)\b[:,]?|:|=|⇒|→)\s+",
+    r"(?:\b(?:is|are|equals?|get|gets|gives?|makes?|comes to|totals|amounts to|at(?! (?:least|most))|have|be|becomes?|obtain|obtained|yields?|find|found|answer|result|solution|value|total|thus|therefore|so|hence|conclude|choose|pick|option|simplifies to|reduces to|equal to|then|it's|that's|leaving)\b[:,]?|:|=|⇒|→)\s+",
     re.IGNORECASE,
 )
 _CUT = re.compile(
@@ -78,8 +82,10 @@ def spoken_answer(text: str, *, words: bool = False, numeric: bool = False) -> s
 
 
 def _without_coda(text: str) -> str:
-    """The text before a special token, and before a last "I hope it is correct."."""
+    """The text before a special token, before a last "I hope it is correct." and before ", attained at x = 2."."""
     text = _ASY.sub("", _SPECIAL.split(text, maxsplit=1)[0]).rstrip()
+    if (where := _ATTAINED.search(text, max(0, len(text) - 120))) is not None:
+        text = text[: where.start()]
     while (found := _HOPE.search(text, max(0, len(text) - 60))) is not None:
         text = text[: found.start()].rstrip()
     return text
@@ -122,9 +128,13 @@ def _sentence_start(text: str, before: int) -> int:
 
 
 def choice_in(text: str) -> str | None:
-    """The last capital letter from A to J that stands for a choice in a text; "A" and "I" as words are none."""
+    """The last capital letter from A to J that stands for a choice in a text; "A" and "I" as words are none, nor is what was not taken."""
     text = text[-2000:]
-    letters = [m[1] or m[2] for m in _LETTER.finditer(text) if not denied(text, m.start())]
+    letters = [
+        m[1] or m[2]
+        for m in _LETTER.finditer(text)
+        if not denied(text, m.start()) and not _INSTEAD.search(text, max(0, m.start() - 30), m.start())
+    ]
     return letters[-1] if letters else None
 
 
