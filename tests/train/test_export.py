@@ -24,7 +24,7 @@ from llmrl.models.export import write_export
 from llmrl.models.load import load_policy, save_model
 from llmrl.models.scorer import load_scorer
 from llmrl.models.source import Source
-from llmrl.train.checkpoint import CheckpointStore
+from llmrl.train.checkpoint import CheckpointStore, written
 
 IDS = torch.arange(3, 40)[None]
 
@@ -78,12 +78,11 @@ def run(tmp_path_factory, tiny_model_dir):
         found[step] = logits(model)
         rows.append({"step": step, "loss": 1.0 / step, "eval_loss": 2.0 / step, "eval_accuracy": 0.5, "eval_accuracy_low": 0.4, "eval_accuracy_high": 0.6, "num_tokens": 1000 * step})  # fmt: skip
 
-        def write(directory, step=step):
-            save_model(model, AutoTokenizer.from_pretrained(tiny_model_dir), directory / "model")
-            (directory / "state.json").write_text(json.dumps({"step": step}))
-            (directory / "critic.safetensors").write_bytes(b"a critic")
-
-        store.save(step, write)
+        directory = store.begin(step)
+        save_model(model, AutoTokenizer.from_pretrained(tiny_model_dir), directory / "model")
+        (directory / "state.json").write_text(json.dumps({"step": step}))
+        (directory / "critic.safetensors").write_bytes(b"a critic")
+        store.finish(step, written(directory))
         if step == 1:
             store.call_best(1)
     save_model(model, AutoTokenizer.from_pretrained(tiny_model_dir), out / "model")
