@@ -312,7 +312,8 @@ class DPOTrainer(Trainer):
         """
         config = self.config
         folder = Path(config.reference_cache or Path(config.output_dir, "reference"))
-        weights = self._reference_hash()
+        gathers = self.backend.strategy.shards_parameters  # then all processes take part in the hash
+        weights = self._reference_hash() if self.backend.is_main or gathers else ""
         self.examples = self._scored(self.examples, "training", folder, weights)
         if self.eval_examples:
             self.eval_examples = self._scored(self.eval_examples, "evaluation", folder, weights)
@@ -329,7 +330,6 @@ class DPOTrainer(Trainer):
             "device": self.backend.device.type,
         }
         adapter = (".lora_", ".modules_to_save.") if other is None else ()
-        # Gathered by all processes where the model is sharded, so all of them hash.
         whole = self.backend.strategy.whole
         tensors = ((n, whole(p)) for n, p in model.named_parameters() if not any(mark in n for mark in adapter))
         return content_hash(settings, tensors)

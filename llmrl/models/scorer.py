@@ -13,17 +13,13 @@ from torch import nn
 from llmrl.config.model import ModelFields
 from llmrl.config.ppo import PPOConfig
 from llmrl.errors import ConfigError
-from llmrl.models.load import for_training, save_model, stop_token_ids
+from llmrl.models.load import for_training, stop_token_ids
 from llmrl.models.source import Source, check_vocabulary
 
 logger = logging.getLogger("llmrl")
 
 _UNUSED = ("pad", "reserved", "unused")
 _NEW_PAD = "<|pad{}|>"
-
-save_scorer = (
-    save_model  # the same layout: model or adapter (with the score layer), and the tokenizer, which names the padding
-)
 
 
 def load_scorer(

@@ -198,7 +198,7 @@ class Zero(Replicated):
         }
         if self._compute is not None:
             # DeepSpeed ends an autocast that it does not know of. No module's gradients are reduced in 16 bits.
-            kind = {torch.bfloat16: "bfloat16", torch.float16: "float16"}[self._compute]
+            kind = str(self._compute).removeprefix("torch.")
             config["torch_autocast"] = {"enabled": True, "dtype": kind, "lower_precision_safe_modules": []}
         dtypes = {p.dtype for p in module.parameters()}
         if torch.bfloat16 in dtypes:

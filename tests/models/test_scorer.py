@@ -22,7 +22,7 @@ from llmrl.config.ppo import PPOConfig
 from llmrl.data.packing import pack
 from llmrl.errors import ConfigError
 from llmrl.models.export import write_export
-from llmrl.models.load import load_policy, read_weights, stop_token_ids
+from llmrl.models.load import load_policy, read_weights, save_model, stop_token_ids
 from llmrl.models.score import ScoreModule
 from llmrl.models.scorer import (
     load_critic,
@@ -30,7 +30,6 @@ from llmrl.models.scorer import (
     load_frozen_scorer,
     load_scorer,
     load_scorer_skeleton,
-    save_scorer,
 )
 from llmrl.types import Example
 from tests.models.families import ONE_BY_ONE, PACKED, config_of
@@ -134,7 +133,7 @@ def test_saved_scores_are_transformers_own(tiny_tokenizer, tmp_path, variant, pa
     documents = rows(N, pad)
     documents[0][-1] = tokenizer.eos_token_id  # the token that transformers would skip, were it the padding
     want = ours(copy.deepcopy(model), documents)
-    save_scorer(model, tokenizer, tmp_path / "rm")
+    save_model(model, tokenizer, tmp_path / "rm")
     saved = reload(tmp_path / "rm")
     assert saved.config.num_labels == 1 and saved.config.id2label == {0: "reward"}
     for side in ("left", "right"):
@@ -176,7 +175,7 @@ def test_adapters_bring_their_score_layer(tiny_model_dir, tmp_path):
     train(model)
     documents = rows(384, 0)
     want = ours(model, documents)
-    save_scorer(model, tokenizer, tmp_path / "rm")
+    save_model(model, tokenizer, tmp_path / "rm")
     assert not (tmp_path / "rm" / "model.safetensors").exists()
     base = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
     on_base = PeftModel.from_pretrained(reload(tiny_model_dir, **base), tmp_path / "rm")
@@ -211,7 +210,7 @@ def test_an_adapter_adds_no_row(tiny_tokenizer, tmp_path):
 def test_adapters_of_another_kind_are_refused(tiny_model_dir, tmp_path):
     for name, load in (("policy", load_policy), ("rm", load_scorer)):
         model, tokenizer = load(fields(tiny_model_dir, lora=lora()))
-        save_scorer(model, tokenizer, tmp_path / name)
+        save_model(model, tokenizer, tmp_path / name)
     with pytest.raises(ConfigError, match="an adapter of a reward model"):
         load_policy(fields(tmp_path / "rm"))
     with pytest.raises(ConfigError, match="an adapter of a language model"):
@@ -228,7 +227,7 @@ def test_what_is_no_reward_model_is_refused(tiny_model_dir, tmp_path):
     with pytest.raises(ConfigError, match="classifies into 2 labels"):
         load_scorer(fields(tmp_path / "two"))
     model, tokenizer = load_scorer(fields(tiny_model_dir))
-    save_scorer(model, tokenizer, tmp_path / "rm")
+    save_model(model, tokenizer, tmp_path / "rm")
     with pytest.raises(ConfigError, match="is a reward model, not a language model"):
         load_policy(fields(tmp_path / "rm"))
     from safetensors.torch import load_file, save_file
@@ -268,7 +267,7 @@ def test_critics_start_at_0_or_as_the_reward_model(tiny_model_dir, tmp_path):
     critic = load_critic(ppo(tiny_model_dir))
     assert critic.training and not ours(critic, documents).any()
     model, tokenizer = load_scorer(fields(tiny_model_dir))
-    save_scorer(model, tokenizer, tmp_path / "rm")
+    save_model(model, tokenizer, tmp_path / "rm")
     assert torch.equal(ours(load_critic(ppo(tiny_model_dir, critic_model_name_or_path=str(tmp_path / "rm"))), documents), ours(model, documents))  # fmt: skip
     adapted = load_critic(ppo(tiny_model_dir, lora=lora()))
     assert not ours(adapted, documents).any() and any("lora_" in n for n, p in adapted.named_parameters())

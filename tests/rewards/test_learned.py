@@ -12,7 +12,8 @@ from llmrl.config.grpo import GRPOConfig
 from llmrl.config.model import ModelFields
 from llmrl.config.reward import RewardSpec
 from llmrl.errors import ConfigError, RewardError
-from llmrl.models.scorer import load_scorer, save_scorer
+from llmrl.models.load import save_model
+from llmrl.models.scorer import load_scorer
 from llmrl.rewards.learned import LearnedReward, combine
 from llmrl.rewards.runner import RewardRunner
 from llmrl.rewards.tally import Tally
@@ -34,7 +35,7 @@ def make_reward_model(path, tokenizer, seed: int, **changes):
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(path / "base")
     tokenizer.save_pretrained(path / "base")
-    save_scorer(*load_scorer(ModelFields(model_name_or_path=str(path / "base"))), path / "model")
+    save_model(*load_scorer(ModelFields(model_name_or_path=str(path / "base"))), path / "model")
     return path / "model"
 
 
